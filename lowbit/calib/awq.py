@@ -1,0 +1,359 @@
+"""Activation-aware weight quantization: scale search, clip search, round to nearest.
+
+Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", arXiv 2306.00978. The
+paper's two searches minimise the output error ``||Q(W s) (x / s) - W x||^2``. Here no forward pass is needed for it:
+with ``hessian = X^T X / tokens`` the error of a candidate ``Q`` is exactly ``trace((Q - W) H (Q - W)^T)`` per token,
+so everything below is a pure function of weights, Hessian and spec.
+
+A scale ``s`` is one positive number per input channel. The weight is multiplied by it, the input is divided by it (by
+whatever produces the input, :mod:`lowbit.fold`), and channels that carry much signal get a finer grid relative to
+their size, at the cost of the others in their group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..affine import QuantizedWeight, dequantize, minmax_grid, quantize_to_grid, round_scales
+from ..spec import QuantSpec
+
+__all__ = ["AwqScales", "GridFn", "awq_quantize", "output_loss", "scale_hessian", "search_clip", "search_scales"]
+
+GridFn = Callable[[Tensor, Tensor, QuantSpec], tuple[Tensor, Tensor | None]]
+"""``(weight (N, K), hessian (K, K), spec) -> (scales (N, G), zeros (N, G) uint8 or None)``, as :func:`search_clip`."""
+
+# Elements of one temporary; the searches go over rows in chunks of this size, so that their memory does not grow with N.
+_CHUNK_ELEMENTS = 2**24
+
+# Range of the factors tried on the min-max scale. Above 1 for symmetric grids only: there the positive side has one
+# code less, and stretching (by 8/7 at 4 bits) is what stops it from clipping.
+_SMALLEST_FACTOR, _LARGEST_FACTOR = 0.35, 1.15
+
+
+@dataclass(frozen=True)
+class AwqScales:
+    """Result of :func:`search_scales`.
+
+    Attributes:
+        scales: ``(K,)`` in the Hessian's dtype, positive; ones when no scaling was better than none.
+        alpha: exponent of the activation magnitude; 0 with ``duo`` False is no scaling.
+        duo: the scales were also divided by the weights' magnitude to the power ``1 - alpha``.
+        loss: mean squared output error per token with ``scales``, summed over the weights' rows.
+        rtn_loss: the same without scaling. ``loss <= rtn_loss`` always.
+    """
+
+    scales: Tensor
+    alpha: float
+    duo: bool
+    loss: float
+    rtn_loss: float
+
+
+def scale_hessian(hessian: Tensor, scales: Tensor) -> Tensor:
+    """Second moment of the input after it was divided by ``scales``: ``H_ij / (s_i s_j)``. Both ``(K, K)``."""
+    return hessian / torch.outer(scales, scales).to(hessian.dtype)
+
+
+def output_loss(error: Tensor, hessian: Tensor) -> Tensor:
+    """``e H e^T`` of every row: the mean over tokens of the squared output error of that row.
+
+    Args:
+        error: ``(N, K)``, quantized minus original weight.
+        hessian: ``(K, K)``, ``X^T X / tokens``.
+
+    Returns:
+        ``(N,)``.
+    """
+    return torch.cat([((part @ hessian) * part).sum(1) for part in _row_chunks(error)])
+
+
+def search_clip(
+    weight: Tensor, hessian: Tensor, spec: QuantSpec, *, steps: int = 26, rounds: int = 2
+) -> tuple[Tensor, Tensor | None]:
+    """Clipping range of every group of every row, by its block of the Hessian (the paper's "weight clipping").
+
+    All groups of all rows at once. The objective of a group is ``e H_gg e^T`` with its diagonal block ``H_gg``: its
+    output error when the errors of the other groups are left aside. Candidates are shrunk min-max grids, then zeros
+    one code up or down, then the least-squares scale of the codes found, each kept where it lowers the objective: no
+    group ends above its min-max grid.
+
+    Args:
+        weight: ``(N, K)`` floating point.
+        hessian: ``(K, K)``, in the dtype to compute in.
+        steps: number of factors below 1 tried on the min-max scale.
+        rounds: how often zeros and least-squares scales are tried after that.
+
+    Returns:
+        scales ``(N, G)`` in the Hessian's dtype, zeros ``(N, G)`` uint8 or None.
+    """
+    _check_inputs([weight], hessian, spec)
+    if steps < 1 or rounds < 0:
+        raise ValueError(f"steps must be at least 1 and rounds at least 0, got {steps} and {rounds}")
+    blocks = _diagonal_blocks(hessian, spec.num_groups(weight.shape[1]))
+    parts = [_search_clip_rows(part, blocks, spec, steps, rounds) for part in _row_chunks(weight.to(hessian.dtype))]
+    scales = torch.cat([scales for scales, _ in parts])
+    return scales, None if spec.symmetric else torch.cat([zeros for _, zeros in parts if zeros is not None])
+
+
+def quick_clip(weight: Tensor, hessian: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    """:func:`search_clip` at about a fifth of its cost: what :func:`search_scales` ranks its candidates by."""
+    return search_clip(weight, hessian, spec, steps=8, rounds=1)
+
+
+def search_scales(
+    weights: Sequence[Tensor],
+    hessian: Tensor,
+    spec: QuantSpec,
+    *,
+    grid: int = 20,
+    act_magnitude: Tensor | None = None,
+    channels: Tensor | None = None,
+    loss_weights: Sequence[float] | None = None,
+    grid_fn: GridFn = quick_clip,
+) -> AwqScales:
+    """Best per-channel scales among ``a^alpha`` and ``a^alpha / w^(1 - alpha)``, alpha in ``[0, 1]`` (section 3.2).
+
+    ``a`` is the magnitude of the input channel, ``w`` the mean over all rows of ``|W| / max|W| in its group``. Every
+    candidate is divided by ``sqrt(max * min)`` and scored by the full-Hessian output error of all weights together.
+    No scaling is one of the candidates and wins ties.
+
+    Args:
+        weights: the ``(N_i, K)`` floating-point weights that read this input.
+        hessian: ``(K, K)``, ``X^T X / tokens`` of the input, in the dtype to compute in.
+        grid: alpha takes the values ``i / grid`` for ``i = 0 .. grid``.
+        act_magnitude: ``(K,)`` non-negative, e.g. mean ``|x|``. Default: ``sqrt(E[x^2])``, the Hessian's diagonal.
+        channels: ``(K,)`` int64 ids; columns of one id get one scale (grouped-query attention, where several columns
+            of ``o_proj`` read the same row of ``v_proj``). Default: every column its own.
+        loss_weights: one factor per weight on its part of the loss. Default: ones.
+        grid_fn: quantization grid of a scaled weight.
+
+    Raises:
+        ValueError: no weights, a shape that does not fit, a grid below 1, or a Hessian that is not finite.
+    """
+    _check_inputs(weights, hessian, spec)
+    if grid < 1:
+        raise ValueError(f"grid must be at least 1, got {grid}")
+    factors = [1.0] * len(weights) if loss_weights is None else list(loss_weights)
+    if len(factors) != len(weights):
+        raise ValueError(f"loss_weights must have one factor per weight ({len(weights)}), got {len(factors)}")
+    magnitude = hessian.diagonal().clamp(min=0).sqrt() if act_magnitude is None else act_magnitude.to(hessian)
+    if magnitude.shape != (hessian.shape[0],):
+        raise ValueError(f"act_magnitude must be ({hessian.shape[0]},), got {tuple(magnitude.shape)}")
+    act, wgt = _tie(magnitude, channels), _tie(_weight_magnitude(weights, spec), channels)
+
+    def loss_of(scales: Tensor) -> float:
+        losses = [f * _rtn_loss(w, scales, hessian, spec, grid_fn) for f, w in zip(factors, weights, strict=True)]
+        return float(torch.stack(losses).sum())
+
+    identity = torch.ones_like(act)
+    rtn_loss = loss_of(identity)
+    best = AwqScales(identity, 0.0, False, rtn_loss, rtn_loss)
+    for step in range(grid + 1):
+        alpha = step / grid
+        for duo in (False, True):
+            if alpha == 0.0 and not duo:
+                continue
+            scales = _normalised(act.pow(alpha) / wgt.pow(1 - alpha) if duo else act.pow(alpha))
+            loss = loss_of(scales)
+            if loss < best.loss:
+                best = AwqScales(scales, alpha, duo, loss, rtn_loss)
+    return best
+
+
+def awq_quantize(
+    weight: Tensor, hessian: Tensor, spec: QuantSpec, scale_dtype: torch.dtype = torch.float32
+) -> QuantizedWeight:
+    """Clip search, round to nearest, then the scales that fit the codes best under the full Hessian.
+
+    The last step is least squares over the G scales of a row with the codes held (the groups' errors are correlated
+    through the Hessian, which the clip search leaves aside). Each row keeps the best of the three stages (min-max,
+    clipped, refitted) by its exact output loss, so a row is never worse than round to nearest.
+
+    Args:
+        weight: ``(N, K)`` floating point, already multiplied by the folded scales if there are any.
+        hessian: ``(K, K)`` of the input as this weight sees it (:func:`scale_hessian` after a fold).
+        scale_dtype: dtype the scales are stored in; codes are chosen against the rounded scales.
+
+    Returns:
+        QuantizedWeight with scales in ``scale_dtype``.
+
+    Raises:
+        ValueError: a shape that does not fit, a group size that does not divide K, a Hessian that is not finite.
+    """
+    _check_inputs([weight], hessian, spec)
+    w = weight.to(hessian.dtype)
+    scales, zeros = search_clip(w, hessian, spec)
+    best = _round_to(w, *minmax_grid(w, spec), spec, scale_dtype)
+    loss = output_loss(dequantize(best, w.dtype) - w, hessian)
+    candidate = _round_to(w, scales, zeros, spec, scale_dtype)
+    best, loss = _keep_better(best, loss, candidate, w, hessian)
+    for _ in range(2):
+        refitted = round_scales(_refit_scales(w, candidate, hessian), scale_dtype)
+        held = QuantizedWeight(candidate.codes, refitted, candidate.zeros, spec)
+        best, loss = _keep_better(best, loss, held, w, hessian)
+        candidate = quantize_to_grid(w, refitted, candidate.zeros, spec)
+        best, loss = _keep_better(best, loss, candidate, w, hessian)
+    return best
+
+
+def _check_inputs(weights: Sequence[Tensor], hessian: Tensor, spec: QuantSpec) -> None:
+    if not weights:
+        raise ValueError("weights must hold at least one (N, K) tensor, got none")
+    k = hessian.shape[0]
+    if hessian.ndim != 2 or hessian.shape[1] != k or not hessian.is_floating_point():
+        raise ValueError(f"hessian must be (K, K) floating point, got {tuple(hessian.shape)} {hessian.dtype}")
+    for w in weights:
+        if w.ndim != 2 or w.shape[1] != k or w.shape[0] == 0:
+            raise ValueError(f"a weight must be (N, {k}) with N > 0 as the Hessian is {k} wide, got {tuple(w.shape)}")
+    spec.num_groups(k)
+    if not bool(torch.isfinite(hessian).all()):
+        raise ValueError("hessian holds NaN or infinite values; the calibration inputs were not finite")
+
+
+def _row_chunks(x: Tensor) -> Iterator[Tensor]:
+    return iter(x.split(max(1, _CHUNK_ELEMENTS // x.shape[1])))
+
+
+def _diagonal_blocks(hessian: Tensor, num_groups: int) -> Tensor:
+    """``(G, g, g)`` blocks on the diagonal."""
+    g = hessian.shape[0] // num_groups
+    split = hessian.reshape(num_groups, g, num_groups, g)
+    return split.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
+def _tie(x: Tensor, channels: Tensor | None) -> Tensor:
+    """Root mean square over columns that share a channel, written back to each of them; never exactly 0."""
+    if channels is not None:
+        if channels.shape != x.shape:
+            raise ValueError(f"channels must be {tuple(x.shape)}, got {tuple(channels.shape)}")
+        ids = channels.to(x.device)
+        count = torch.bincount(ids).to(x.dtype)
+        x = (torch.zeros_like(count).scatter_add_(0, ids, x.square()) / count)[ids].sqrt()
+    top = x.max()
+    return x.clamp(min=1e-4 * float(top)) if top > 0 else torch.ones_like(x)
+
+
+def _weight_magnitude(weights: Sequence[Tensor], spec: QuantSpec) -> Tensor:
+    """``(K,)``: mean over rows of ``|w|`` relative to the largest of its group."""
+    total = sum(part.shape[0] for part in weights)
+    out = torch.zeros(weights[0].shape[1], dtype=torch.float32, device=weights[0].device)
+    for w in weights:
+        for part in _row_chunks(w):
+            size = part.to(out.dtype).abs().reshape(part.shape[0], spec.num_groups(part.shape[1]), -1)
+            peak = size.amax(-1, keepdim=True)
+            out += (size / torch.where(peak > 0, peak, 1.0)).sum(0).flatten()
+    return out / total
+
+
+def _normalised(scales: Tensor) -> Tensor:
+    return scales / (scales.max() * scales.min()).sqrt()
+
+
+def _rtn_loss(weight: Tensor, scales: Tensor, hessian: Tensor, spec: QuantSpec, grid_fn: GridFn) -> Tensor:
+    """Output loss (scalar) of rounding ``weight * scales`` to nearest and dividing the scales out again."""
+    total = torch.zeros((), dtype=hessian.dtype, device=hessian.device)
+    scaled_hessian = scale_hessian(hessian, scales)
+    for part in _row_chunks(weight):
+        w = part.to(hessian.dtype)
+        scaled = w * scales
+        grid_scales, zeros = grid_fn(scaled, scaled_hessian, spec)
+        error = dequantize(quantize_to_grid(scaled, grid_scales, zeros, spec), w.dtype) - scaled
+        total += output_loss(error, scaled_hessian).sum()
+    return total
+
+
+def _search_clip_rows(
+    weight: Tensor, blocks: Tensor, spec: QuantSpec, steps: int, rounds: int
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`search_clip` for a chunk of rows. Works on ``(G, n, g)`` so that the loss is one batched matmul."""
+    groups = blocks.shape[0]
+    w = weight.reshape(weight.shape[0], groups, -1).transpose(0, 1).contiguous()
+    start, start_zeros = minmax_grid(weight, spec)
+    scale = start.T.unsqueeze(-1)
+    zero = torch.full_like(scale, spec.mid_code) if start_zeros is None else start_zeros.T.unsqueeze(-1).to(w.dtype)
+
+    def codes(scale: Tensor, zero: Tensor) -> Tensor:
+        return (w / scale + zero).round_().clamp_(0, spec.max_code) - zero
+
+    def loss(scale: Tensor, zero: Tensor) -> Tensor:
+        error = codes(scale, zero) * scale - w
+        return (torch.bmm(error, blocks) * error).sum(-1, keepdim=True)
+
+    best = loss(scale, zero)
+
+    def consider(other_scale: Tensor, other_zero: Tensor) -> None:
+        nonlocal scale, zero, best
+        other = loss(other_scale, other_zero)
+        better = other < best
+        scale = torch.where(better, other_scale, scale)
+        zero = torch.where(better, other_zero, zero)
+        best = torch.where(better, other, best)
+
+    minmax = scale
+    width = (1.0 - _SMALLEST_FACTOR) / steps
+    count = steps + (int((_LARGEST_FACTOR - 1.0) / width) if spec.symmetric else 0)
+    for step in range(count):
+        consider(minmax * (_SMALLEST_FACTOR + width * (step + (step >= steps))), zero)
+    for _ in range(rounds):
+        if not spec.symmetric:
+            for shift in (-1, 1):
+                moved = (zero + shift).clamp(0, spec.max_code)
+                consider(_least_squares_scale(w, codes(scale, moved), blocks, scale), moved)
+        for _ in range(2):
+            consider(_least_squares_scale(w, codes(scale, zero), blocks, scale), zero)
+    scales = scale.squeeze(-1).T.contiguous()
+    return scales, None if spec.symmetric else zero.squeeze(-1).T.to(torch.uint8).contiguous()
+
+
+def _least_squares_scale(w: Tensor, codes: Tensor, blocks: Tensor, otherwise: Tensor) -> Tensor:
+    """``argmin_s (s q - w) H_gg (s q - w)^T = (q H w) / (q H q)``; ``otherwise`` where that is not positive."""
+    weighted = torch.bmm(codes, blocks)
+    top, bottom = (weighted * w).sum(-1, keepdim=True), (weighted * codes).sum(-1, keepdim=True)
+    fit = top / torch.where(bottom > 0, bottom, 1.0)
+    return torch.where((bottom > 0) & (fit > 0), fit, otherwise)
+
+
+def _refit_scales(weight: Tensor, qw: QuantizedWeight, hessian: Tensor) -> Tensor:
+    """Scales ``(N, G)`` minimising each row's full-Hessian loss with the codes held: one ``G x G`` system per row."""
+    groups = qw.scales.shape[1]
+    unit = dequantize(QuantizedWeight(qw.codes, torch.ones_like(qw.scales, dtype=weight.dtype), qw.zeros, qw.spec))
+    parts = []
+    # G weighted copies of the rows are alive at once, so the chunk is G times smaller.
+    rows = max(1, _CHUNK_ELEMENTS // (weight.shape[1] * groups))
+    for w, q, old in zip(weight.split(rows), unit.to(weight.dtype).split(rows), qw.scales.split(rows), strict=True):
+        n, k = w.shape
+        codes = q.reshape(n, groups, -1)
+        by_group = torch.einsum("nga,gak->ngk", codes, hessian.reshape(groups, k // groups, k))
+        right = (by_group * w.unsqueeze(1)).sum(-1)
+        left = torch.einsum("ngha,nha->ngh", by_group.reshape(n, groups, groups, -1), codes)
+        # A group whose codes are all zero has an empty row; the ridge keeps the system regular and leaves its scale.
+        ridge = 1e-6 * left.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
+        left = left + torch.diag_embed(ridge.expand(n, groups))
+        fit = torch.linalg.solve_ex(left, right + ridge * old.to(w.dtype))[0]
+        parts.append(torch.where(torch.isfinite(fit) & (fit > 0), fit, old.to(w.dtype)))
+    return torch.cat(parts)
+
+
+def _round_to(
+    weight: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec, scale_dtype: torch.dtype
+) -> QuantizedWeight:
+    return quantize_to_grid(weight, round_scales(scales, scale_dtype), zeros, spec)
+
+
+def _keep_better(
+    best: QuantizedWeight, loss: Tensor, other: QuantizedWeight, weight: Tensor, hessian: Tensor
+) -> tuple[QuantizedWeight, Tensor]:
+    """Row by row, whichever has the smaller output loss."""
+    other_loss = output_loss(dequantize(other, weight.dtype) - weight, hessian)
+    better = (other_loss < loss).unsqueeze(1)
+    zeros = None
+    if best.zeros is not None and other.zeros is not None:
+        zeros = torch.where(better, other.zeros, best.zeros)
+    rows = QuantizedWeight(
+        torch.where(better, other.codes, best.codes), torch.where(better, other.scales, best.scales), zeros, best.spec
+    )
+    return rows, torch.where(better.squeeze(1), other_loss, loss)

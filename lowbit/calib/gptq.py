@@ -1,0 +1,199 @@
+"""GPTQ (Frantar et al., 2022, arXiv 2210.17323) on a fixed grid, followed by exact refinement of grid and codes.
+
+The letters are the paper's: W the weight, H the Hessian, U the upper Cholesky factor of H^-1, Q the quantized weight,
+E the scaled errors of a block. Differences from algorithm 1, each of which only lowers the layer's loss:
+
+* The grid is fixed before the first column is rounded, from the original weights (Two-Stage Grid Optimization,
+  arXiv 2602.02126, stage 1): a grid read off weights that already carry other columns' errors is too wide. The
+  rounding error of column k costs ``1 / U_kk^2`` once later columns have compensated for it, so that is its weight in
+  the search.
+* Columns are visited by decreasing ``H_kk`` while their groups stay where they are ("act-order" with static groups),
+  so nothing is permuted at run time.
+* With the codes fixed the loss is quadratic in a row's scales, with the scales fixed it is quadratic in each code:
+  both are solved exactly, in turn (stage 2 of the paper above; coordinate descent as in QuIP's LDLQ analysis).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..affine import QuantizedWeight, dequantize, round_scales
+from ..spec import QuantSpec
+from .hessian import output_loss
+from .rtn import rtn_quantize, search_grid
+
+__all__ = ["DAMP_LADDER", "Factor", "GptqResult", "factorize", "gptq_quantize"]
+
+DAMP_LADDER = (0.01, 0.03, 0.1, 0.3, 1.0)
+"""Fractions of the mean diagonal added to the diagonal, tried in order until the Cholesky factorization succeeds."""
+
+_BLOCK = 128
+_DESCENT_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What GPTQ needs of a Hessian, computed once for all linears that share it.
+
+    Attributes:
+        hessian: ``(K, K)`` float32, damped, dead channels given the mean diagonal.
+        upper: ``(K, K)`` upper Cholesky factor of the inverse of ``hessian``, rows and columns in visiting order.
+        order: ``(K,)`` column indices in visiting order.
+        damp_frac: the rung of the ladder that held; None when only the diagonal could be used.
+        notes: what happened, for the report; empty when the first rung held.
+    """
+
+    hessian: Tensor
+    upper: Tensor
+    order: Tensor
+    damp_frac: float | None
+    notes: tuple[str, ...]
+
+    @property
+    def column_cost(self) -> Tensor:
+        """``1 / U_kk^2`` per column in original order: the cost of a squared rounding error after compensation."""
+        cost = torch.empty_like(self.upper.diagonal())
+        cost[self.order] = self.upper.diagonal().square().reciprocal()
+        return cost
+
+
+@dataclass(frozen=True)
+class GptqResult:
+    """A quantized weight and its losses ``E |Q x - W x|^2``, summed over rows; ``method`` is what was kept."""
+
+    weight: QuantizedWeight
+    loss: float
+    rtn_loss: float
+    method: str
+    damp_frac: float | None
+    notes: tuple[str, ...]
+
+
+def _inverse_upper(hessian: Tensor) -> Tensor | None:
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    if int(failed):
+        return None
+    inverse = torch.cholesky_inverse(lower)
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    return None if int(failed) or not bool(torch.isfinite(upper).all()) else upper
+
+
+def factorize(hessian: Tensor, *, damp_fracs: tuple[float, ...] = DAMP_LADDER, act_order: bool = True) -> Factor:
+    """Damp and factorize a Hessian, climbing the ladder until it works and ending at its diagonal.
+
+    Args:
+        hessian: ``(K, K)`` float32, symmetric, finite.
+        damp_fracs: fractions of the mean diagonal to add, increasing.
+        act_order: visit columns by decreasing diagonal.
+
+    Raises:
+        ValueError: not square, or not finite.
+    """
+    if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1]:
+        raise ValueError(f"hessian must be (K, K), got {tuple(hessian.shape)}")
+    if not bool(torch.isfinite(hessian).all()):
+        raise ValueError("hessian contains NaN or infinite values")
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    notes = []
+    dead = diagonal <= 0
+    mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
+    if bool(dead.any()):
+        notes.append(f"{int(dead.sum())} of {dead.numel()} input channels are always zero")
+        diagonal[dead] = mean
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal))
+    order = order.to(hessian.device)
+    damped = 0.0
+    for frac in damp_fracs:
+        diagonal += (frac - damped) * mean
+        damped = frac
+        upper = _inverse_upper(hessian[order][:, order])
+        if upper is not None:
+            return Factor(hessian, upper, order, frac, tuple(notes))
+        notes.append(f"the Hessian is not positive definite with damp_frac {frac}")
+    notes.append("fell back to the Hessian's diagonal: columns do not compensate for each other")
+    upper = torch.diag(diagonal[order].rsqrt())
+    return Factor(torch.diag(diagonal.clone()), upper, order, None, tuple(notes))
+
+
+class _Grid:
+    """Scales and zeros of a weight, expanded to columns when asked; float32."""
+
+    def __init__(self, scales: Tensor, zeros: Tensor | None, spec: QuantSpec, k: int) -> None:
+        self.stored, self.zeros, self.spec = scales, zeros, spec
+        self.group_size = k // scales.shape[1]
+        self.scale = scales.float()
+        self.zero = torch.full_like(self.scale, spec.mid_code) if zeros is None else zeros.float()
+
+    def columns(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero of the columns ``index``, transposed: each ``(len(index), N)``."""
+        group = index // self.group_size
+        return self.scale.t()[group], self.zero.t()[group]
+
+    def steps(self, codes: Tensor) -> Tensor:
+        """``code - zero`` as ``(N, G, group_size)`` float32."""
+        return codes.float().reshape(*self.scale.shape, -1) - self.zero.unsqueeze(-1)
+
+
+def _round_columns(W: Tensor, grid: _Grid, factor: Factor) -> Tensor:
+    """Algorithm 1 of the paper with lazy block updates; returns codes ``(N, K)`` uint8 in original column order."""
+    U, order = factor.upper, factor.order
+    W = W.t()[order].contiguous()  # (K, N): a column of the weight is a contiguous row here
+    codes = torch.empty_like(W, dtype=torch.uint8)
+    for start in range(0, W.shape[0], _BLOCK):
+        block = slice(start, min(start + _BLOCK, W.shape[0]))
+        scale, zero = grid.columns(order[block])
+        w, u = W[block], U[block, block]
+        E = torch.empty_like(w)
+        for i in range(w.shape[0]):
+            code = (w[i] / scale[i]).add_(zero[i]).round_().clamp_(0, grid.spec.max_code)
+            codes[start + i] = code.to(torch.uint8)
+            E[i] = (w[i] - (code - zero[i]) * scale[i]) / u[i, i]
+            w[i + 1 :].addr_(u[i, i + 1 :], E[i], alpha=-1)
+        W[block.stop :].addmm_(U[block, block.stop :].t(), E, alpha=-1)
+    unordered = torch.empty_like(codes)
+    unordered[order] = codes
+    return unordered.t().contiguous()
+
+
+def _descend(codes: Tensor, W: Tensor, grid: _Grid, factor: Factor, sweeps: int) -> Tensor:
+    """Coordinate descent: each code in turn becomes the best one given all others. Never raises the damped loss."""
+    H, order = factor.hessian, factor.order
+    Q = (grid.steps(codes) * grid.scale.unsqueeze(-1)).reshape(W.shape)
+    gradient = ((Q - W) @ H).t().contiguous()  # (K, N), half the gradient of the loss
+    codes, Q = codes.t().contiguous(), Q.t().contiguous()
+    for _ in range(sweeps):
+        for index in order.split(_DESCENT_BLOCK):
+            scale, zero = grid.columns(index)
+            h, g, q = H[index][:, index], gradient[index], Q[index]
+            before = q.clone()
+            for i in range(len(index)):
+                best = q[i] - g[i] / h[i, i]
+                code = (best / scale[i]).add_(zero[i]).round_().clamp_(0, grid.spec.max_code)
+                codes[index[i]] = code.to(torch.uint8)
+                moved = (code - zero[i]) * scale[i] - q[i]
+                q[i] += moved
+                g.addr_(h[i], moved)
+            Q[index] = q
+            gradient.addmm_(H[:, index], q - before)
+    return codes.t().contiguous()
+
+
+def _refit_scales(codes: Tensor, W: Tensor, grid: _Grid, factor: Factor) -> _Grid:
+    """Scales of least damped loss for fixed codes: one ``(G, G)`` system per row, in closed form."""
+    H, (n, num_groups) = factor.hessian, grid.scale.shape
+    steps, size = grid.steps(codes), grid.group_size
+    target = (steps * (W @ H).reshape(n, num_groups, size)).sum(-1)
+    A = torch.empty(n, num_groups, num_groups, device=W.device)
+    for g in range(num_groups):
+        columns = slice(g * size, (g + 1) * size)
+        A[:, g] = ((steps[:, g] @ H[columns]).reshape(n, num_groups, size) * steps).sum(-1)
+    ridge = 1e-6 * A.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
+    A.diagonal(dim1=1, dim2=2).add_(ridge.unsqueeze(1))
+    target += ridge.unsqueeze(1) * grid.scale  # a group whose codes all equal its zero keeps its scale
+    fitted = torch.linalg.solve(A, target)
+    fitted = torch.where(torch.isfinite(fitted) & (fitted > 0), fitted, grid.scale)
+    return _Grid(round_scales(fitted, grid.stored.dtype), grid.zeros, grid.spec, W.shape[1])

@@ -1,0 +1,220 @@
+"""The ``lowbit`` command: quantize, eval, inspect.
+
+Results go to stdout; progress, logs and errors go to stderr. With ``--json`` stdout holds exactly one JSON object.
+Anything the user can put right ends as one message on stderr and exit status 2, Ctrl-C as status 130. What takes
+seconds to import is imported inside the commands, so that ``--help`` and usage errors answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import Annotated, Any, Literal
+
+import typer
+
+import lowbit
+
+__all__ = ["app", "main"]
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+Method = Literal["gptq", "awq", "rtn", "awq+gptq"]
+
+app = typer.Typer(
+    name="lowbit",
+    help="Quantize a language model to low bits, keep it packed, measure what was lost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or id on the Hugging Face hub.")]
+DeviceOption = Annotated[str, typer.Option(help="auto (CUDA when there is one, else CPU), cpu, cuda, cuda:N.")]
+DtypeOption = Annotated[str, typer.Option(help="Compute dtype: auto (the model's own), float32, float16 or bfloat16.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+DataHelp = "wikitext2, FILE.txt, FILE.jsonl (a 'text' field per line), or HUB_ID[:CONFIG]"
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"lowbit {lowbit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="LOWBIT_DEBUG", help="Show the traceback of an error.")
+    ] = False,
+) -> None:
+    """Options before the command; ``_fail`` reads ``debug`` from the context."""
+
+
+@app.command("quantize")
+def quantize_command(
+    context: typer.Context,
+    model: ModelArgument,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write; it appears only when it is complete.")],
+    bits: Annotated[int, typer.Option(help="Bits per weight: 2, 4 or 8 have a file format.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Columns sharing a scale: 32, 64, 128, or -1 for a whole row.")] = 128,
+    symmetric: Annotated[
+        bool | None, typer.Option("--symmetric/--asymmetric", help="Default: what measured best for the bits.")
+    ] = None,
+    method: Annotated[Method, typer.Option(help="How the codes are chosen.")] = "gptq",
+    calibration: Annotated[str, typer.Option(help=f"Text to calibrate on: {DataHelp}.")] = "wikitext2",
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window, at most the model's context.")] = 2048,
+    ignore: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX", help="Leave the weights whose names match dense; repeatable.")
+    ] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of everything that draws random numbers.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, at the end, if it exists.")] = False,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Go on where under 90 % of the decoder's weights can be quantized.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize MODEL and write a packed checkpoint to OUT."""
+    with _reporting(context, as_json) as emit:
+        lowbit.QuantSpec(bits, group_size, symmetric)  # type: ignore[arg-type]  # refuses before torch is imported
+        report = lowbit.quantize(
+            model,
+            out,
+            bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            method=method,
+            calibration=calibration,
+            samples=samples,
+            seq_len=seq_len,
+            ignore=tuple(ignore or ()),
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            overwrite=overwrite,
+            allow_partial=allow_partial,
+        )
+        emit(report.to_dict(), None)  # quantize() has printed its summary
+
+
+@app.command("eval")
+def eval_command(
+    context: typer.Context,
+    model: ModelArgument,
+    data: Annotated[str, typer.Option(help=f"Text to evaluate on: {DataHelp}.")] = "wikitext2",
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Compare with this model: KL divergence, top-1 agreement.")
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens per window; default: min(2048, the model's context).")
+    ] = None,
+    max_windows: Annotated[int | None, typer.Option(help="Only the first windows; default: all.")] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure MODEL's perplexity on a text, and with --base what quantization changed."""
+    with _reporting(context, as_json) as emit:
+        from lowbit.data import load_text
+
+        text = load_text(data, "test")  # before the model: a mistyped path should not cost a minute
+        loaded, tokenizer = lowbit.load(model, device=device, dtype=dtype)
+        result = lowbit.evaluate(loaded, tokenizer, text, base=base, seq_len=seq_len, max_windows=max_windows)
+        compared = {} if base is None else {"base": base}
+        emit({"model": model, **compared, **result.to_dict()}, str(result))
+
+
+@app.command("inspect")
+def inspect_command(context: typer.Context, model: ModelArgument, as_json: JsonOption = False) -> None:
+    """Show what a packed checkpoint holds: bits, sizes and errors per weight."""
+    with _reporting(context, as_json) as emit:
+        inspection = lowbit.inspect(model)
+        emit(inspection.to_dict(), str(inspection))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line ``argv`` (default: the process's own) and returns its exit status."""
+    try:
+        app(args=None if argv is None else list(argv), prog_name="lowbit")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0
+
+
+class _Emitter:
+    """Holds a command's result until its work is over."""
+
+    def __init__(self) -> None:
+        self.fields: dict[str, Any] = {}
+        self.text: str | None = None
+
+    def __call__(self, fields: dict[str, Any], text: str | None) -> None:
+        self.fields, self.text = fields, text
+
+
+@contextmanager
+def _reporting(context: typer.Context, as_json: bool) -> Iterator[_Emitter]:
+    """Runs a command's body: maps its errors to exit statuses and prints its result.
+
+    The body hands its result to the emitter, as fields for ``--json`` and as text for people (None: already printed).
+    With ``--json`` whatever the body prints goes to stderr.
+    """
+    emitter = _Emitter()
+    try:
+        if as_json:
+            with redirect_stdout(sys.stderr):
+                yield emitter
+            print(json.dumps(emitter.fields, allow_nan=False))
+        else:
+            yield emitter
+            if emitter.text is not None:
+                print(emitter.text)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        _fail(context, "interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our stdout is gone (`| head`): nobody to report to; what is buffered must not fail at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    except Exception as error:
+        if not _is_the_users_to_put_right(error):
+            raise
+        _fail(context, _message(error), EXIT_ERROR)
+
+
+def _fail(context: typer.Context, message: str, status: int) -> None:
+    if context.find_root().params.get("debug"):
+        traceback.print_exc()
+    print(f"lowbit: {message}" if status == EXIT_INTERRUPTED else f"lowbit: error: {message}", file=sys.stderr)
+    raise typer.Exit(status) from None
+
+
+def _is_the_users_to_put_right(error: Exception) -> bool:
+    """Everything else is a mistake of ours and keeps its traceback."""
+    if isinstance(error, ModuleNotFoundError):
+        return not (error.name or "").startswith("lowbit")
+    return isinstance(error, (ValueError, OSError, MemoryError)) or _out_of_memory(error)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror
+    if isinstance(error, MemoryError) or _out_of_memory(error):
+        return f"out of memory; fewer --samples or a shorter --seq-len need less ({str(error).strip() or 'no detail'})"
+    return str(error).strip() or type(error).__name__
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """True for the GPU allocator's error and for the CPU allocator's, which torch raises as a bare RuntimeError."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

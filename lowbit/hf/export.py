@@ -1,0 +1,129 @@
+"""What a packed folder takes over from its source: names, dense tensors, configuration, tokenizer files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+
+from .loading import TOKENIZER_FILES
+from .source import resolve
+
+__all__ = ["checkpoint_names", "companion_files", "config_dict", "dense_tensors", "ignore_names"]
+
+_PACKED_PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+_COMPANIONS = (
+    *TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt", "generation_config.json",
+    "chat_template.jinja", "chat_template.json", "processor_config.json", "preprocessor_config.json",
+)  # fmt: skip
+
+
+def checkpoint_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Module name -> name in the checkpoint, for the linears ``names``.
+
+    transformers 5 renames some models' weights while loading; files keep the original names. The mapping is the one
+    ``save_pretrained`` uses, applied to ``<name>.weight_packed``, so a packed model saved again has the same names.
+    """
+    names = list(names)
+    markers = {name: torch.empty(0) for name in names}
+    reverted = revert_weight_conversion(model, {f"{name}.weight_packed": marker for name, marker in markers.items()})
+    found = {id(tensor): key.removesuffix(".weight_packed") for key, tensor in reverted.items()}
+    return {name: found[id(marker)] for name, marker in markers.items()}
+
+
+def ignore_names(model: PreTrainedModel, dense_linears: Iterable[str]) -> list[str]:
+    """``quantization_config.ignore`` for the linears left dense: their module names, and where they differ the names in
+    the checkpoint too. transformers matches the former, other engines the latter."""
+    names = checkpoint_names(model, dense_linears)
+    return list(dict.fromkeys([*names, *names.values()]))
+
+
+def dense_tensors(model: PreTrainedModel, exclude: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a checkpoint that is not a quantized linear's weight, under its name in the original checkpoint.
+
+    Biases of quantized linears are included. Of tied weights the one is yielded that ``save_pretrained`` keeps; buffers
+    transformers does not save are left out.
+
+    Args:
+        model: dense, or with some linears replaced by QuantLinears.
+        exclude: module names of the quantized linears.
+
+    Yields:
+        (name, tensor) as the model holds it: not copied, on its own device.
+
+    Raises:
+        ValueError: ``exclude`` names a module that has no weight.
+    """
+    state = dict(model.state_dict())
+    for name in exclude:
+        parts = [f"{name}.{part}" for part in _PACKED_PARTS if f"{name}.{part}" in state]
+        if not parts:
+            raise ValueError(f"cannot exclude {name}: {type(model).__name__} has no weight of that name")
+        for part in parts:
+            del state[part]
+    for name in model._keys_to_ignore_on_save or ():
+        state.pop(name, None)
+    for target, source in model.all_tied_weights_keys.items():
+        if target in state and source in state and _same_memory(state[target], state[source]):
+            del state[target]
+    yield from revert_weight_conversion(model, state).items()
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.device == b.device
+
+
+def config_dict(model: PreTrainedModel) -> dict[str, Any]:
+    """config.json as ``save_pretrained`` would write it, without ``quantization_config``, which the caller adds."""
+    config = copy.deepcopy(model.config)
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    fields: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    fields.pop("quantization_config", None)
+    fields.pop("transformers_weights", None)
+    return fields
+
+
+def companion_files(
+    source: str | os.PathLike[str] | None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    out_dir: str | os.PathLike[str],
+) -> list[str]:
+    """Put tokenizer, generation config and chat templates into ``out_dir``.
+
+    Files of the source folder are copied byte for byte; with Python code of the model's own (``auto_map``) that too.
+    What the source does not have is written from ``tokenizer`` and ``model``.
+
+    Args:
+        source: the folder or hub id the model was loaded from, or None.
+
+    Returns:
+        names of the files now in place.
+    """
+    out = Path(out_dir)
+    if source is not None:
+        folder = resolve(source)
+        names = [name for name in _COMPANIONS if (folder / name).is_file()]
+        names += [path.name for path in folder.glob("*.tiktoken")]
+        if getattr(model.config, "auto_map", None):
+            names += [path.name for path in folder.glob("*.py")]
+        for name in names:
+            shutil.copyfile(folder / name, out / name)
+        templates = folder / "additional_chat_templates"
+        if templates.is_dir():
+            shutil.copytree(templates, out / templates.name, copy_function=shutil.copyfile)
+    if tokenizer is not None and not any((out / name).is_file() for name in TOKENIZER_FILES):
+        tokenizer.save_pretrained(out)
+    if not (out / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config.save_pretrained(out)
+    return sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())

@@ -1,0 +1,51 @@
+"""Fixtures for every test: fixed seeds, the devices there are, and uninitialised memory that shows."""
+
+import sys
+
+import pytest
+import torch
+
+POISON = 0x7D  # small enough for every integer dtype, and no code, shape or count of ours
+
+
+def poisoned(make):
+    """``make``, but filled with NaN (integers: POISON) for callers in our own packages."""
+
+    def wrapper(*args, **kwargs):
+        out = make(*args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.partition(".")[0] in ("lowbit", "lowbit_kernels") and type(out) is torch.Tensor:
+            with torch.no_grad():
+                out.fill_(float("nan") if out.is_floating_point() else POISON)
+        return out
+
+    return wrapper
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty(monkeypatch):
+    """Whoever forgets to write an element of torch.empty reads NaN, not the zero that happened to be there."""
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    """Each device the machine has."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU here (torch.cuda.is_available() is False)")
+    return torch.device(request.param)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say why something was skipped, also without -rs."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = [report.longrepr[2] for report in skipped if isinstance(report.longrepr, tuple)]
+    for reason in sorted(set(reasons)):
+        terminalreporter.write_line(f"{reasons.count(reason)} x {reason}")
