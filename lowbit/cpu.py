@@ -164,9 +164,8 @@ def _chunked_int4(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | Non
     (m, k), n, groups, block = x.shape, *scales.shape, order.numel()
     words = weight.view(torch.int32).view(n // block, k, block // 8)
     lanes = order.flatten()
-    # (blocks, G, 1, lanes), in the order in which a block holds its rows
-    scale = scales.float().view(-1, block, groups)[:, lanes].transpose(1, 2).unsqueeze(2)
-    zero = None if zeros is None else zeros.view(-1, block, groups)[:, lanes].transpose(1, 2).unsqueeze(2)
+    scale = _by_lane(scales, lanes)
+    zero = None if zeros is None else _by_lane(zeros, lanes)
     blocks = max(1, _chunk_rows(n, k, x.device) // block)
     codes = words.new_empty(blocks, k, 2, block // 8)
     dense = torch.empty(blocks, k, block)
@@ -181,6 +180,12 @@ def _chunked_int4(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | Non
         out[:, a:b, lanes] = part.transpose(0, 1)
     flat = out.view(m, n)
     return flat if bias is None else flat + bias
+
+
+def _by_lane(grid: Tensor, lanes: Tensor) -> Tensor:
+    """(N, G) -> (blocks, G, 1, lanes) fp32, contiguous, in the order in which a block holds its rows."""
+    blocks = grid.float().view(-1, lanes.numel(), grid.shape[1])[:, lanes]
+    return blocks.transpose(1, 2).unsqueeze(2).contiguous()
 
 
 def best_layout(n: int, k: int, *, bits: int, symmetric: bool, dtype: torch.dtype, device: torch.device) -> str:

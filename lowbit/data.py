@@ -29,11 +29,12 @@ _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?)(?::(?P<config>[
 
 @dataclass(frozen=True)
 class TextSource:
-    """A text, what it is called in reports, and the sha256 of its UTF-8 bytes (hex)."""
+    """A text, what it is called in reports, the sha256 of its UTF-8 bytes (hex), and whether it came from a file."""
 
     name: str
     text: str
     sha256: str
+    is_file: bool = True
 
 
 def load_text(source: str | os.PathLike[str], split: str, *, max_chars: int | None = None) -> TextSource:
@@ -71,7 +72,7 @@ def load_text(source: str | os.PathLike[str], split: str, *, max_chars: int | No
         )
     if not text.strip():
         raise ValueError(f"text source {source!r} is empty")
-    return TextSource(name, text, hashlib.sha256(text.encode("utf-8")).hexdigest())
+    return TextSource(name, text, hashlib.sha256(text.encode("utf-8")).hexdigest(), path.suffix in (".txt", ".jsonl"))
 
 
 def token_windows(tokenizer: Any, text: str, seq_len: int, max_windows: int | None = None) -> torch.Tensor:

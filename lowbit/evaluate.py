@@ -19,7 +19,7 @@ import torch
 from .data import TextSource, check_vocabulary, load_text, token_windows
 from .progress import track
 
-__all__ = ["DEFINITION", "EvalResult", "evaluate"]
+__all__ = ["DEFINITION", "EvalResult", "context_length", "evaluate"]
 
 MAX_SEQ_LEN = 2048
 """Window of the GPTQ protocol; a model with a shorter context is evaluated at its context."""
@@ -112,7 +112,7 @@ def evaluate(
             the vocabulary, the models' vocabularies differ, or the logits are not finite.
         OSError: the text or the base model cannot be read.
     """
-    context = _context_length(model)
+    context = context_length(model)
     if seq_len is None:
         seq_len = min(MAX_SEQ_LEN, context)
     elif type(seq_len) is int and seq_len > context:
@@ -128,8 +128,8 @@ def evaluate(
         base, _ = load(os.fspath(base), device=str(embedding.weight.device), dtype=dtype)
     if base is not None:
         check_vocabulary(windows, base.get_input_embeddings().weight.shape[0])
-        if seq_len > _context_length(base):
-            raise ValueError(f"seq_len {seq_len} exceeds the base model's context of {_context_length(base)} tokens")
+        if seq_len > context_length(base):
+            raise ValueError(f"seq_len {seq_len} exceeds the base model's context of {context_length(base)} tokens")
 
     sums = _score(model, base, windows, progress)
     tokens = windows.shape[0] * (seq_len - 1)
@@ -207,7 +207,7 @@ def _inference(model: Any) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         model.train(training)
 
 
-def _context_length(model: Any) -> int:
+def context_length(model: Any) -> int:
     """Tokens the model was built for; :data:`MAX_SEQ_LEN` where its config names none (no positions to run out of)."""
     config = model.config.get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or MAX_SEQ_LEN)

@@ -75,7 +75,8 @@ def unpack_codes(words: Tensor, bits: int, count: int, dim: int = -1) -> Tensor:
         return unpack_codes(words.t(), bits, count).t().contiguous()
     if words.shape[1] != packed_width(count, bits):
         raise ValueError(f"{count} codes of {bits} bits fill {packed_width(count, bits)} words, got {words.shape[1]}")
-    packed, per_byte = words.contiguous().view(torch.uint8), 8 // bits
+    # clone, not contiguous(): a transposed (1, G) counts as contiguous with strides that view() refuses
+    packed, per_byte = words.clone(memory_format=torch.contiguous_format).view(torch.uint8), 8 // bits
     codes = torch.empty(words.shape[0], packed.shape[1] * per_byte, dtype=torch.uint8, device=words.device)
     for i in range(per_byte):
         codes[:, i::per_byte] = (packed >> (i * bits)) & (2**bits - 1)

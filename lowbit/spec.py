@@ -56,7 +56,7 @@ class QuantSpec:
     @property
     def max_code(self) -> int:
         """Largest code, ``2**bits - 1``; codes run from 0."""
-        return 2**self.bits - 1
+        return int(2**self.bits - 1)
 
     @property
     def mid_code(self) -> int:

@@ -9,14 +9,27 @@ Hessian, and groups come in execution order.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
-__all__ = ["Block", "BlockInputs", "LinearGroup", "capture_block_inputs", "find_blocks", "linears", "linear_groups"]
+__all__ = [
+    "Block",
+    "BlockInputs",
+    "BlockRun",
+    "LinearGroup",
+    "call_block",
+    "capture_block_inputs",
+    "find_blocks",
+    "first_output",
+    "linear_groups",
+    "linears",
+    "to_device",
+]
 
 Args = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -76,10 +89,6 @@ def linears(module: nn.Module) -> dict[str, nn.Linear]:
     return {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
 
 
-class _Stop(Exception):
-    """Leaves a forward as soon as the wanted input was seen."""
-
-
 def _is_hidden(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2
 
@@ -97,7 +106,9 @@ def first_output(output: Any) -> Tensor:
     """Hidden states of a block's output: the tensor itself, or the first item of a tuple."""
     hidden = output[0] if isinstance(output, (tuple, list)) else output
     if not isinstance(hidden, Tensor):
-        raise ValueError(f"a decoder block must return a tensor or a tuple starting with one, got {type(hidden).__name__}")
+        raise ValueError(
+            f"a decoder block must return a tensor or a tuple starting with one, got {type(hidden).__name__}"
+        )
     return hidden
 
 
@@ -151,7 +162,7 @@ def capture_block_inputs(model: nn.Module, blocks: Sequence[Block], batches: Seq
 
     with contextlib.ExitStack() as undo:
         for index, block in enumerate(blocks):
-            block.module.forward = recorder(index)  # type: ignore[method-assign]
+            block.module.forward = recorder(index)
             undo.callback(_restore_forward, block.module)
         for batch in batches:
             model(batch, use_cache=False)
@@ -190,17 +201,21 @@ def linear_groups(block: Block, inputs: BlockInputs, index: int, device: torch.d
     """Which linears of a block read the same tensor, in execution order, found by running it on the first batch.
 
     A linear that was not reached (a starved expert) is not in any group.
+
+    Raises:
+        ValueError: a linear runs more than once in one forward pass of the block.
     """
     groups: dict[tuple[int, ...], list[str]] = {}
     kept: list[Tensor] = []  # no input may be freed while its address is a key
+    seen: set[str] = set()
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def record(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
-            kept.append(x)
-            names = groups.setdefault((x.data_ptr(), x.numel(), x._version), [])
-            if not any(name in g for g in groups.values()):
-                names.append(name)
+            if name in seen:
+                raise ValueError(f"{block.name}.{name} runs more than once in one forward pass; leave it out by ignore")
+            seen.add(name)
+            kept.append(args[0])
+            groups.setdefault((args[0].data_ptr(), args[0].numel(), args[0]._version), []).append(name)
 
         return record
 
@@ -208,41 +223,93 @@ def linear_groups(block: Block, inputs: BlockInputs, index: int, device: torch.d
         for name, linear in linears(block.module).items():
             undo.callback(linear.register_forward_pre_hook(hook(name)).remove)
         call_block(block.module, inputs.hidden[0], inputs.arguments[index][0], inputs.keyword, device)
-    return [LinearGroup(tuple(names)) for names in groups.values() if names]
+    return [LinearGroup(tuple(names)) for names in groups.values()]
 
 
-@torch.no_grad()
-def group_inputs(
-    block: Block, inputs: BlockInputs, index: int, names: Sequence[str], device: torch.device
-) -> Iterator[dict[str, Tensor]]:
-    """For every batch, the inputs of the named linears, each flattened to ``(tokens, K)``.
+class BlockRun:
+    """All batches on their way through one block, halted wherever the inputs of a group of linears are known.
 
-    The block runs only up to the last of the named linears. A linear called several times in one forward has its
-    inputs concatenated; one that was not called is missing from the dict.
+    True-sequential calibration quantizes q, k and v before o sees its inputs, so a block has to be run in stages. Each
+    batch is a greenlet that stops in a hook on the group's first linear. With ``keep`` it stays halted there and goes
+    on from there, so the block runs once per batch, at the price of the half-done batches' memory; without, every
+    stage runs the block anew up to its linears.
+
+    Args:
+        module: the block, on ``device``.
+        inputs: as caught by :func:`capture_block_inputs`; :meth:`finish` replaces its hidden states.
+        stops: names, relative to the block, of one linear per stage, in execution order.
+        batches: which batches to run; all when None.
     """
-    modules = linears(block.module)
-    seen: dict[str, list[Tensor]] = {}
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def record(_: nn.Module, args: tuple[Any, ...]) -> None:
-            seen.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]))
-            if len(names) == 1 or len(seen) == len(names):
-                raise _Stop
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: BlockInputs,
+        index: int,
+        stops: Sequence[str],
+        device: torch.device,
+        *,
+        keep: bool,
+        batches: Sequence[int] | None = None,
+    ) -> None:
+        self._module, self._inputs, self._index, self._device, self._keep = module, inputs, index, device, keep
+        self.batches = range(len(inputs.hidden)) if batches is None else batches
+        self._halted: dict[int, greenlet] = {}
+        self._running: set[greenlet] = set()
+        modules = linears(module)
+        self._hooks = [modules[name].register_forward_pre_hook(self._hook(i)) for i, name in enumerate(stops)]
 
-        return record
+    def __enter__(self) -> BlockRun:
+        return self
 
-    with contextlib.ExitStack() as undo:
-        for name in names:
-            undo.callback(modules[name].register_forward_pre_hook(hook(name)).remove)
-        for hidden, rest in zip(inputs.hidden, inputs.arguments[index], strict=True):
-            seen.clear()
-            with contextlib.suppress(_Stop):
-                call_block(block.module, hidden, rest, inputs.keyword, device)
-            yield {name: torch.cat(xs) if len(xs) > 1 else xs[0] for name, xs in seen.items()}
+    def __exit__(self, *_: object) -> None:
+        for run in self._halted.values():
+            run.throw(GreenletExit)
+        self._halted.clear()
+        self._running.clear()
+        for hook in self._hooks:
+            hook.remove()
 
+    def _hook(self, stage: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def halt(_: nn.Module, args: tuple[Any, ...]) -> None:
+            run = getcurrent()
+            if run in self._running:
+                run.parent.switch((stage, args[0]))
 
-@torch.no_grad()
-def advance(block: Block, inputs: BlockInputs, index: int, device: torch.device) -> None:
-    """Replace the hidden states by the block's outputs, batch by batch, in place and on the storage device."""
-    for i, (hidden, rest) in enumerate(zip(inputs.hidden, inputs.arguments[index], strict=True)):
-        inputs.hidden[i] = call_block(block.module, hidden, rest, inputs.keyword, device).to(hidden.device)
+        return halt
+
+    def _start(self, batch: int) -> greenlet:
+        hidden, rest = self._inputs.hidden[batch], self._inputs.arguments[self._index][batch]
+        run = greenlet(lambda: call_block(self._module, hidden, rest, self._inputs.keyword, self._device))
+        self._running.add(run)
+        return run
+
+    def inputs(self, stage: int, batch: int) -> Tensor:
+        """Inputs ``(tokens, K)`` of the stage's linears for one batch; stages must be asked for in increasing order."""
+        run = self._halted.pop(batch) if batch in self._halted else self._start(batch)
+        while True:
+            reached = run.switch()
+            if run.dead:
+                raise RuntimeError(
+                    f"block {self._index} ended before its stage {stage}: it does not run as it was traced"
+                )
+            if reached[0] >= stage:
+                break
+        if self._keep:
+            self._halted[batch] = run
+        else:
+            run.throw(GreenletExit)
+            self._running.discard(run)
+        x: Tensor = reached[1]
+        return x.reshape(-1, x.shape[-1])
+
+    def finish(self) -> None:
+        """Run every batch to the block's end and store its outputs as the inputs' hidden states."""
+        for batch in self.batches:
+            run = self._halted.pop(batch) if batch in self._halted else self._start(batch)
+            output = None
+            while not run.dead:
+                output = run.switch()
+            self._running.discard(run)
+            assert isinstance(output, Tensor)
+            self._inputs.hidden[batch] = output.to(self._inputs.hidden[batch].device)

@@ -7,7 +7,7 @@ import torch
 
 from helpers import MATMUL_CASES, Case, assert_close, random_quantized, tolerance
 from lowbit import cpu
-from lowbit.affine import dequantize
+from lowbit.affine import QuantizedWeight, dequantize
 from lowbit.cpu import CPU_INT4, CPU_INT8, DISK, best_layout, from_disk, to_disk
 from lowbit.ops import packed_linear
 from lowbit.packing import pack_codes
@@ -79,13 +79,16 @@ def test_matches_float64_in_the_cpu_layouts(case, dtype):
 
 
 def test_a_mean_in_x_costs_no_accuracy():
-    """(8 - zero) * scale is no bf16 number; rounding it would shift whole groups, which a mean in x would add up.
+    """(8 - zero) * scale is no bf16 number; rounding it would shift whole groups, which a mean in x adds up.
 
-    With a mean of 4 a bias of half an ulp in each offset, 2**-9 * 8 * 4 per column against a weight of rms 4.6, is an
-    error of several percent. What remains is the rounding of weights and result.
+    Here zero is 3, codes are spread evenly around it, and x has mean 4: rounding 5 * scale to bf16 errs by about
+    5 * 2**-10 * 128 * 4 = 2.5 scales in each of 8 groups, against a result of sqrt(1024) * 2 * 4.1 = 262 scales, which
+    is 3 %. What is left is the rounding of weights and result.
     """
     case = Case(8, 64, 1024, 4, 128, False)
-    qw = random_quantized(case.n, case.k, case.spec, torch.bfloat16)
+    scales = (0.01 + 0.02 * torch.rand(case.n, 8)).to(torch.bfloat16)
+    codes = torch.randint(0, 7, (case.n, case.k), dtype=torch.uint8)
+    qw = QuantizedWeight(codes, scales, torch.full((case.n, 8), 3, dtype=torch.uint8), case.spec)
     x = (4 + torch.randn(case.m, case.k)).to(torch.bfloat16)
     for layout in {DISK, has_layout(case, torch.bfloat16)}:
         tensors = from_disk(*disk_tensors(qw), bits=4, k=case.k, layout=layout)

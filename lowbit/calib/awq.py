@@ -77,8 +77,8 @@ def search_clip(
     """Clipping range of every group of every row, by its block of the Hessian (the paper's "weight clipping").
 
     All groups of all rows at once. The objective of a group is ``e H_gg e^T`` with its diagonal block ``H_gg``: its
-    output error when the errors of the other groups are left aside. Candidates are shrunk min-max grids, then zeros
-    one code up or down, then the least-squares scale of the codes found, each kept where it lowers the objective: no
+    output error when the errors of the other groups are left aside. Candidates are min-max grids shrunk on both
+    sides or (asymmetric) on one, then zeros one code up or down, then the least-squares scale of the codes found, each kept where it lowers the objective: no
     group ends above its min-max grid.
 
     Args:
@@ -293,11 +293,16 @@ def _search_clip_rows(
         zero = torch.where(better, other_zero, zero)
         best = torch.where(better, other, best)
 
-    minmax = scale
+    minmax, minmax_zero, ends = scale, zero, (-zero * scale, (spec.max_code - zero) * scale)
     width = (1.0 - _SMALLEST_FACTOR) / steps
     count = steps + (int((_LARGEST_FACTOR - 1.0) / width) if spec.symmetric else 0)
     for step in range(count):
-        consider(minmax * (_SMALLEST_FACTOR + width * (step + (step >= steps))), zero)
+        factor = _SMALLEST_FACTOR + width * (step + (step >= steps))
+        consider(minmax * factor, minmax_zero)
+        if not spec.symmetric:
+            for low, high in ((ends[0] * factor, ends[1]), (ends[0], ends[1] * factor)):
+                one_sided = (high - low) / spec.max_code
+                consider(one_sided, (-low / one_sided).round())
     for _ in range(rounds):
         if not spec.symmetric:
             for shift in (-1, 1):

@@ -197,3 +197,61 @@ def _refit_scales(codes: Tensor, W: Tensor, grid: _Grid, factor: Factor) -> _Gri
     fitted = torch.linalg.solve(A, target)
     fitted = torch.where(torch.isfinite(fitted) & (fitted > 0), fitted, grid.scale)
     return _Grid(round_scales(fitted, grid.stored.dtype), grid.zeros, grid.spec, W.shape[1])
+
+
+def gptq_quantize(
+    weight: Tensor,
+    hessian: Tensor,
+    spec: QuantSpec,
+    *,
+    factor: Factor | None = None,
+    target: Tensor | None = None,
+    scale_dtype: torch.dtype = torch.float32,
+    rounds: int = 2,
+    sweeps: int = 1,
+) -> GptqResult:
+    """Quantize one weight so that the outputs on the calibration inputs change least.
+
+    Args:
+        weight: ``(N, K)`` floating point, finite.
+        hessian: ``(K, K)`` float32, ``E[x x^T]``; undamped, also what the reported losses are measured with.
+        spec: the grid.
+        factor: :func:`factorize` of the Hessian, when linears share it.
+        target: ``(N, K)``; the weight to come close to when it is not ``weight`` itself
+            (:func:`lowbit.calib.hessian.corrected_target`). The grid is still searched on ``weight``.
+        scale_dtype: dtype the scales are stored in.
+        rounds: alternations of refitting the scales and descending on the codes.
+        sweeps: passes over the columns in each descent.
+
+    Returns:
+        The better of GPTQ and round to nearest, by the loss against ``target``; which one, and why, is in the result.
+
+    Raises:
+        ValueError: shapes that do not match, or non-finite input.
+    """
+    factor = factorize(hessian) if factor is None else factor
+    if weight.ndim != 2 or hessian.shape[0] != weight.shape[1]:
+        raise ValueError(f"weight (N, K) {tuple(weight.shape)} and hessian {tuple(hessian.shape)} do not match")
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("weight contains NaN or infinite values")
+    weight = weight.float()
+    W = weight if target is None else target.float()
+    rtn = rtn_quantize(weight, spec, hessian.diagonal(), scale_dtype=scale_dtype)
+    rtn_loss = float(output_loss(dequantize(rtn), W, hessian).sum())
+
+    scales, zeros = search_grid(weight, spec, factor.column_cost, scale_dtype=scale_dtype)
+    grid = _Grid(scales, zeros, spec, weight.shape[1])
+    codes = _round_columns(W, grid, factor)
+    best = QuantizedWeight(codes, grid.stored, zeros, spec)
+    loss = float(output_loss(dequantize(best), W, hessian).sum())
+    for _ in range(rounds):
+        grid = _refit_scales(codes, W, grid, factor)
+        codes = _descend(codes, W, grid, factor, sweeps)
+        candidate = QuantizedWeight(codes, grid.stored, zeros, spec)
+        candidate_loss = float(output_loss(dequantize(candidate), W, hessian).sum())
+        if candidate_loss < loss:
+            best, loss = candidate, candidate_loss
+    if loss <= rtn_loss:
+        return GptqResult(best, loss, rtn_loss, "gptq", factor.damp_frac, factor.notes)
+    notes = (*factor.notes, f"kept round to nearest: its loss {rtn_loss:.4g} is below GPTQ's {loss:.4g}")
+    return GptqResult(rtn, rtn_loss, rtn_loss, "rtn", factor.damp_frac, notes)

@@ -1,6 +1,6 @@
 """The second moment of a linear's inputs, which is the Hessian of its squared output error (GPTQ, section 3.1).
 
-    H = E[x x^T]        (K, K) float32        loss of Q for W:  trace((Q - W) H (Q - W)^T) = E |Q x - W x|^2
+H = E[x x^T]        (K, K) float32        loss of Q for W:  trace((Q - W) H (Q - W)^T) = E |Q x - W x|^2
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Hessian", "output_loss"]
+__all__ = ["CrossMoment", "Hessian", "corrected_target", "output_loss"]
 
 _COLUMNS = 1024  # the symmetric product is computed in stripes of this many columns: 5/8 of the work at K = 4096
 
@@ -40,6 +40,13 @@ class Hessian:
             self._sum[start:stop, start:].addmm_(x[:, start:stop].t(), x[:, start:])
         self.tokens += x.shape[0]
 
+    def merged(self, other: Hessian) -> Hessian:
+        """The Hessian of both token sets together."""
+        both = Hessian(self._sum.shape[0], self._sum.device)
+        both._sum = self._sum + other._sum
+        both.tokens = self.tokens + other.tokens
+        return both
+
     def mean(self) -> Tensor:
         """``E[x x^T]`` as a new symmetric ``(K, K)`` float32 tensor.
 
@@ -60,3 +67,57 @@ def output_loss(candidate: Tensor, weight: Tensor, hessian: Tensor) -> Tensor:
     """``E |Q x - W x|^2`` per output row: shapes ``(N, K)``, ``(N, K)``, ``(K, K)`` -> ``(N,)``."""
     error = candidate - weight
     return ((error @ hessian) * error).sum(1)
+
+
+class CrossMoment:
+    """Running ``E[(x - y) y^T]`` and ``E[y y^T]`` over the tokens that both streams have seen.
+
+    x is a linear's input in the original model, y in the model whose earlier layers are quantized. Together they give
+    the weight that undoes, as far as this linear can, what the earlier layers did (:func:`corrected_target`).
+    """
+
+    def __init__(self, k: int, device: torch.device | str = "cpu") -> None:
+        self._cross = torch.zeros(k, k, dtype=torch.float32, device=device)
+        self.hessian = Hessian(k, device)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen so far."""
+        return self.hessian.tokens
+
+    def add(self, original: Tensor, quantized: Tensor) -> None:
+        """Add the same tokens' inputs from both streams, each ``(tokens, K)``."""
+        if original.shape != quantized.shape:
+            raise ValueError(f"streams differ in shape: {tuple(original.shape)} and {tuple(quantized.shape)}")
+        y = quantized.to(self._cross.device, torch.float32)
+        # The difference is small and enters as a correction only: 16-bit products with fp32 accumulation would do.
+        self._cross.addmm_((original.to(y.device, torch.float32) - y).t(), y)
+        self.hessian.add(quantized)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """``E[(x - y) y^T]`` and ``E[y y^T]``, each ``(K, K)`` float32."""
+        hessian = self.hessian.mean()
+        return self._cross / self.tokens, hessian
+
+
+def corrected_target(weight: Tensor, cross: Tensor, hessian: Tensor, *, damp_frac: float = 0.01) -> Tensor:
+    """The weight T that brings ``T y`` closest to ``W x``: ``T = W + W E[(x-y) y^T] (E[y y^T] + damping)^-1``.
+
+    GPTQ compares ``Q y`` with ``W y`` and so never corrects what earlier layers got wrong; GPTAQ (arXiv 2504.02692)
+    and Qronos (arXiv 2505.11695) compare with ``W x``, the output of the original model. For squared error that is
+    GPTQ with T in the place of W, which is what this returns.
+
+    Args:
+        weight: ``(N, K)``. cross, hessian: as :meth:`CrossMoment.moments` returns them.
+        damp_frac: fraction of the mean diagonal added to the diagonal; without data T falls back to W.
+
+    Returns:
+        ``(N, K)`` float32; ``weight`` itself when the damped second moment is not positive definite.
+    """
+    damped = hessian.clone()
+    damped.diagonal().add_(damp_frac * hessian.diagonal().mean())
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    weight = weight.float()
+    if int(failed):
+        return weight
+    return weight + torch.cholesky_solve((weight @ cross).t(), lower).t()

@@ -5,7 +5,7 @@ No other part of lowbit imports transformers.
 
 from .export import checkpoint_names, companion_files, config_dict, dense_tensors, ignore_names
 from .loading import load, load_dense
-from .source import resolve
+from .source import parse_device, resolve
 
 __all__ = [
     "checkpoint_names",
@@ -15,5 +15,6 @@ __all__ = [
     "ignore_names",
     "load",
     "load_dense",
+    "parse_device",
     "resolve",
 ]

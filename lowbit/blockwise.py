@@ -1,0 +1,297 @@
+"""Calibrate a model one decoder block at a time: the walk's inputs into the calibrators, their weights back.
+
+Per block, in order: move it to the compute device, fold AWQ's scales if asked for, then group by group accumulate the
+inputs' Hessian over all batches and quantize, so that later groups and later blocks see what the earlier ones became.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .affine import QuantizedWeight, dequantize
+from .calib.awq import awq_quantize, scale_hessian, search_scales
+from .calib.gptq import Factor, factorize, gptq_quantize
+from .calib.hessian import CrossMoment, Hessian, corrected_target, output_loss
+from .calib.rtn import rtn_quantize
+from .fold import apply_fold, exact_folds
+from .mappings import reasons_without_fold, resolve
+from .report import LayerRecord
+from .spec import QuantSpec
+from .walk import Block, BlockInputs, BlockRun, LinearGroup, linear_groups, linears, to_device
+
+__all__ = ["METHODS", "Calibration", "quantize_blocks", "quantize_dense"]
+
+METHODS = ("gptq", "awq", "rtn", "awq+gptq")
+
+_REFERENCE_SHARE = 0.25  # of the batches also run through the original model; more changed nothing measurable
+_MEMORY_SHARE = 0.3  # of the free memory that half-done batches may hold before blocks are run anew per stage
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How blocks are quantized.
+
+    Attributes:
+        spec, method: the grid, and one of :data:`METHODS`.
+        device: where blocks are run and weights quantized, one block at a time.
+        model_type: ``config.model_type``, for the few AWQ tables that need it.
+        correct: aim at the original model's outputs instead of the original weights' (gptq only).
+    """
+
+    spec: QuantSpec
+    method: str
+    device: torch.device
+    model_type: str = ""
+    correct: bool = True
+
+
+@dataclass
+class _Moments:
+    """What one group's inputs were: H over all tokens, and the drift from the original model over some."""
+
+    hessian: Tensor
+    drift: tuple[Tensor, Tensor] | None
+    factor: Factor | None = None
+
+
+class Store(Protocol):
+    """Where finished weights go."""
+
+    def __call__(self, name: str, linear: nn.Linear, qw: QuantizedWeight) -> None:
+        """A weight is done; its block may still run ``linear``, which already holds the dequantized weight."""
+
+    def flush(self, device: torch.device) -> None:
+        """The block is done: everything stored so far may replace its linear, on ``device``."""
+
+
+def quantize_dense(
+    model: nn.Module, targets: Sequence[str], spec: QuantSpec, device: torch.device, store: Store
+) -> Iterator[LayerRecord]:
+    """Round every target to the nearest code without any data; yields a record per weight."""
+    modules = linears(model)
+    for name in targets:
+        linear = modules[name]
+        weight = linear.weight.detach().to(device)
+        yield _rounded(name, linear, weight, spec, store, ())
+        store.flush(linear.weight.device)
+
+
+def _rounded(
+    name: str, linear: nn.Linear, weight: Tensor, spec: QuantSpec, store: Store, notes: tuple[str, ...]
+) -> LayerRecord:
+    qw = rtn_quantize(weight, spec, scale_dtype=linear.weight.dtype)
+    weight = weight.float()
+    loss = float((dequantize(qw) - weight).square().sum() / weight.square().sum().clamp(min=1e-30))
+    store(name, linear, qw)
+    n, k = weight.shape
+    return LayerRecord(name, (n, k), spec, "rtn", loss, loss, "weights", None, notes)
+
+
+@torch.no_grad()
+def quantize_blocks(
+    blocks: Sequence[Block], targets: Sequence[str], inputs: BlockInputs, how: Calibration, store: Store
+) -> Iterator[LayerRecord]:
+    """Quantize the target linears of every block in turn; yields a record per weight, in execution order.
+
+    Args:
+        blocks: all decoder blocks, in order.
+        targets: full module names of the linears to quantize.
+        inputs: as caught by :func:`lowbit.walk.capture_block_inputs`; hidden states are replaced block by block.
+        how: grid, method, device.
+        store: called with each full name, its linear (already holding the dequantized weight) and the codes.
+    """
+    count = len(inputs.hidden)
+    correct = how.correct and "gptq" in how.method
+    # Spread over the whole text, and never fewer than two batches' worth.
+    step = max(1, min(round(1 / _REFERENCE_SHARE), count // 2)) if correct else 1
+    reference = BlockInputs(list(inputs.hidden), inputs.arguments, inputs.keyword)
+    reference_batches = range(0, count, step) if correct else range(0)
+    for index, block in enumerate(blocks):
+        prefix = f"{block.name}."
+        wanted = [name.removeprefix(prefix) for name in targets if name.startswith(prefix)]
+        home = next(block.module.parameters()).device
+        block.module.to(how.device)
+        work = _BlockWork(block, index, inputs, reference, reference_batches, wanted, how, store)
+        yield from work.run()
+        store.flush(home)
+        block.module.to(home)
+
+
+class _BlockWork:
+    """One block, from its original weights to its quantized ones."""
+
+    def __init__(
+        self,
+        block: Block,
+        index: int,
+        inputs: BlockInputs,
+        reference: BlockInputs,
+        reference_batches: range,
+        wanted: Sequence[str],
+        how: Calibration,
+        store: Store,
+    ) -> None:
+        self.block, self.index, self.inputs, self.wanted, self.how = block, index, inputs, wanted, how
+        self.reference, self.reference_batches = reference, reference_batches
+        self.store = store
+        self.modules = linears(block.module)
+        found = linear_groups(block, inputs, index, how.device)
+        kept = [LinearGroup(tuple(n for n in group.names if n in set(wanted))) for group in found]
+        self.groups = [group for group in kept if group.names]
+        self.notes: dict[str, tuple[str, ...]] = {}
+
+    def run(self) -> Iterator[LayerRecord]:
+        reached = {name for group in self.groups for name in group.names}
+        if "awq" in self.how.method:
+            self._fold_scales()
+        original = copy.deepcopy(self.block.module) if self.reference_batches else None
+        keep = self._fits()
+        stops = [group.names[0] for group in self.groups]
+        run = BlockRun(self.block.module, self.inputs, self.index, stops, self.how.device, keep=keep)
+        ref = BlockRun(
+            original if original is not None else self.block.module,
+            self.reference,
+            self.index,
+            stops if original is not None else (),
+            self.how.device,
+            keep=keep,
+            batches=self.reference_batches,
+        )
+        with run, ref:
+            for stage, group in enumerate(self.groups):
+                moments = self._moments(stage, run, ref)
+                for name in group.names:
+                    yield self._quantize(name, moments)
+            for name in self.wanted:
+                if name not in reached:
+                    yield self._unreached(name)
+            run.finish()
+            ref.finish()
+
+    def _moments(self, stage: int, run: BlockRun, ref: BlockRun) -> _Moments:
+        k = self.modules[self.groups[stage].names[0]].in_features
+        rest = Hessian(k, self.how.device)
+        drift = CrossMoment(k, self.how.device) if self.reference_batches else None
+        for batch in run.batches:
+            x = run.inputs(stage, batch)
+            if drift is not None and batch in self.reference_batches:
+                drift.add(ref.inputs(stage, batch), x)
+            else:
+                rest.add(x)
+        if drift is None:
+            return _Moments(rest.mean(), None)
+        return _Moments(drift.hessian.merged(rest).mean(), drift.moments())
+
+    def _quantize(self, name: str, moments: _Moments) -> LayerRecord:
+        linear, spec = self.modules[name], self.how.spec
+        weight = linear.weight.detach().float()
+        dtype, hessian = linear.weight.dtype, moments.hessian
+        notes = self.notes.get(name, ())
+        damp_frac, target = None, weight
+        if "gptq" in self.how.method:
+            moments.factor = moments.factor or factorize(hessian)
+            if moments.drift is not None:
+                target = corrected_target(weight, *moments.drift)
+            result = gptq_quantize(weight, hessian, spec, factor=moments.factor, target=target, scale_dtype=dtype)
+            qw, loss, rtn_loss, method = result.weight, result.loss, result.rtn_loss, result.method
+            damp_frac, notes = result.damp_frac, notes + result.notes
+            if method == "gptq":
+                method = self.how.method
+        else:
+            rtn = rtn_quantize(weight, spec, hessian.diagonal(), scale_dtype=dtype)
+            rtn_loss = float(output_loss(dequantize(rtn), weight, hessian).sum())
+            qw, loss, method = rtn, rtn_loss, "rtn"
+            if self.how.method == "awq":
+                qw = awq_quantize(weight, hessian, spec, scale_dtype=dtype)
+                loss, method = float(output_loss(dequantize(qw), weight, hessian).sum()), "awq"
+        energy = max(float(output_loss(target, torch.zeros_like(target), hessian).sum()), 1e-30)
+        full_name = f"{self.block.name}.{name}"
+        linear.weight.data = dequantize(qw).to(dtype)
+        self.store(full_name, linear, qw)
+        n, k = weight.shape
+        return LayerRecord(
+            full_name, (n, k), spec, method, loss / energy, rtn_loss / energy, "outputs", damp_frac, notes
+        )
+
+    def _unreached(self, name: str) -> LayerRecord:
+        linear = self.modules[name]
+        note = "no calibration token reached it: rounded to nearest"
+        record = _rounded(
+            f"{self.block.name}.{name}", linear, linear.weight.detach(), self.how.spec, self.store, (note,)
+        )
+        return record
+
+    def _fold_scales(self) -> None:
+        """AWQ's scale search on the unquantized block, the scales moved into the norm or linear before."""
+        block, spec = self.block.module, self.how.spec
+        dtype = next(block.parameters()).dtype
+        stops = [group.names[0] for group in self.groups]
+        with BlockRun(block, self.inputs, self.index, stops, self.how.device, keep=self._fits()) as run:
+            hessians: dict[str, Tensor] = {}
+            for stage, group in enumerate(self.groups):
+                moment = Hessian(self.modules[group.names[0]].in_features, self.how.device)
+                for batch in run.batches:
+                    moment.add(run.inputs(stage, batch))
+                hessians.update(dict.fromkeys(group.names, moment.mean()))
+        block.float()  # scales are found, tested and applied in float32; the block's own dtype rounds once at the end
+        args, kwargs = to_device(self.inputs.arguments[self.index][0], self.how.device)
+        hidden = self.inputs.hidden[0][:1].to(self.how.device).float()
+        args, kwargs = _slice_batch((args, kwargs), self.inputs.hidden[0].shape[0])
+        folds = [f for f in resolve(block, self.how.model_type) if all(b in hessians for b in f.balance)]
+        good, bad = exact_folds(block, folds, *_with_hidden(hidden, args, kwargs, self.inputs.keyword))
+        reasons = reasons_without_fold(block, self.how.model_type)
+        for fold in bad:
+            reasons.update(dict.fromkeys(fold.balance, f"moving a scale into {fold.smooth} changed the block's output"))
+        for fold in good:
+            weights = [self.modules[name].weight for name in fold.balance]
+            hessian = hessians[fold.balance[0]]
+            found = search_scales(weights, hessian, spec, channels=fold.channel_ids())
+            apply_fold(block, fold, found.scales)
+            for name in fold.balance:
+                hessians[name] = scale_hessian(hessian, found.scales)
+        block.to(dtype)
+        for name in self.wanted:
+            if name in reasons:
+                self.notes[name] = (f"clip search alone: {reasons[name]}",)
+
+    def _fits(self) -> bool:
+        """Whether all batches can stay halted inside the block at once."""
+        tokens = sum(h.shape[0] * h.shape[1] for h in self.inputs.hidden)
+        size = self.inputs.hidden[0].element_size()
+        widths = sum(self.modules[g.names[0]].in_features for g in self.groups) + 4 * self.inputs.hidden[0].shape[-1]
+        streams = 1 + len(self.reference_batches) / len(self.inputs.hidden)
+        return tokens * widths * size * streams < _MEMORY_SHARE * _free_bytes(self.how.device)
+
+
+def _slice_batch(rest: object, batch: int) -> object:
+    """The arguments for the first sequence alone: tensors with a leading batch dimension are cut to one row."""
+    if isinstance(rest, Tensor):
+        cut = rest[:1] if rest.ndim > 1 and rest.shape[0] == batch else rest
+        return cut.float() if cut.is_floating_point() else cut
+    if isinstance(rest, (tuple, list)):
+        return type(rest)(_slice_batch(value, batch) for value in rest)
+    if isinstance(rest, dict):
+        return {key: _slice_batch(value, batch) for key, value in rest.items()}
+    return rest
+
+
+def _with_hidden(
+    hidden: Tensor, args: tuple[object, ...], kwargs: dict[str, object], keyword: bool
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    return (args, {**kwargs, "hidden_states": hidden}) if keyword else ((hidden, *args), kwargs)
+
+
+def _free_bytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (ValueError, OSError):  # not every system tells: assume little, which only costs time
+        return 2.0**31
