@@ -70,15 +70,19 @@ def quantize_command(
         bool | None, typer.Option("--symmetric/--asymmetric", help="Default: what measured best for the bits.")
     ] = None,
     method: Annotated[Method, typer.Option(help="How the codes are chosen.")] = "gptq",
-    calibration: Annotated[str, typer.Option(help=f"Text to calibrate on: {DataHelp}.")] = "wikitext2",
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    calibration: Annotated[
+        str | None, typer.Option(help=f"Text to calibrate on: {DataHelp}. Default: wikitext2; rtn works without.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration windows. Default: 128, or what the text has.")
+    ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens per window, at most the model's context.")] = 2048,
     ignore: Annotated[
         list[str] | None, typer.Option(metavar="REGEX", help="Leave the weights whose names match dense; repeatable.")
     ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of everything that draws random numbers.")] = 0,
+    seed: Annotated[int, typer.Option(help="Picks the windows of a hub data set; nothing else is random.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, at the end, if it exists.")] = False,
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="Go on where under 90 % of the decoder's weights can be quantized.")

@@ -40,9 +40,8 @@ def apply_fold(block: nn.Module, fold: Fold, scales: Tensor) -> None:
         raise ValueError(f"scales for {fold.balance} must be ({k},), finite and positive, got {tuple(scales.shape)}")
     per_channel = _per_channel(fold, scales)
     smooth = block.get_submodule(fold.smooth)
-    for parameter in (smooth.weight, getattr(smooth, "bias", None)):
-        if parameter is not None:
-            _divide(parameter, fold, per_channel, offset=fold.norm_offset if parameter is smooth.weight else 0)
+    for name, parameter in smooth.named_parameters(recurse=False):
+        _divide(parameter, fold, per_channel, offset=fold.norm_offset if name == "weight" else 0)
     for linear in balance:
         weight = linear.weight
         work = torch.promote_types(weight.dtype, torch.float32)

@@ -26,7 +26,7 @@ __all__ = ["AwqScales", "GridFn", "awq_quantize", "output_loss", "scale_hessian"
 GridFn = Callable[[Tensor, Tensor, QuantSpec], tuple[Tensor, Tensor | None]]
 """``(weight (N, K), hessian (K, K), spec) -> (scales (N, G), zeros (N, G) uint8 or None)``, as :func:`search_clip`."""
 
-# Elements of one temporary; the searches go over rows in chunks of this size, so that their memory does not grow with N.
+# Elements of one temporary: the searches go over rows in chunks of this size, so their memory does not grow with N.
 _CHUNK_ELEMENTS = 2**24
 
 # Range of the factors tried on the min-max scale. Above 1 for symmetric grids only: there the positive side has one
@@ -77,9 +77,9 @@ def search_clip(
     """Clipping range of every group of every row, by its block of the Hessian (the paper's "weight clipping").
 
     All groups of all rows at once. The objective of a group is ``e H_gg e^T`` with its diagonal block ``H_gg``: its
-    output error when the errors of the other groups are left aside. Candidates are min-max grids shrunk on both
-    sides or (asymmetric) on one, then zeros one code up or down, then the least-squares scale of the codes found, each kept where it lowers the objective: no
-    group ends above its min-max grid.
+    output error when the errors of the other groups are left aside. Candidates are min-max grids shrunk on both sides
+    or (asymmetric) on one, then zeros one code up or down, then the least-squares scale of the codes found, each kept
+    where it lowers the objective: no group ends above its min-max grid.
 
     Args:
         weight: ``(N, K)`` floating point.
@@ -155,7 +155,7 @@ def search_scales(
     for step in range(grid + 1):
         alpha = step / grid
         for duo in (False, True):
-            if alpha == 0.0 and not duo:
+            if (step == 0 and not duo) or (step == grid and duo):  # no scaling; the same as without duo
                 continue
             scales = _normalised(act.pow(alpha) / wgt.pow(1 - alpha) if duo else act.pow(alpha))
             loss = loss_of(scales)
