@@ -102,7 +102,7 @@ def quantize_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor | None, spec:
 
 
 def dequantize(qw: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``(code - zero) * scale`` computed in ``dtype`` (float32 or wider is exact up to one rounding). Returns ``(N, K)``."""
+    """``(code - zero) * scale`` as ``(N, K)``, computed in ``dtype`` (float32 or wider: exact up to one rounding)."""
     zero: Tensor | int = qw.spec.mid_code if qw.zeros is None else qw.zeros.to(dtype).unsqueeze(-1)
     codes = _groups(qw.codes.to(dtype), qw.scales.shape[1])
     return ((codes - zero) * qw.scales.to(dtype).unsqueeze(-1)).reshape(qw.codes.shape)

@@ -10,14 +10,14 @@ import copy
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .affine import QuantizedWeight, dequantize
 from .calib.awq import awq_quantize, scale_hessian, search_scales
-from .calib.gptq import Factor, factorize, gptq_quantize
+from .calib.gptq import factorize, gptq_quantize
 from .calib.hessian import CrossMoment, Hessian, corrected_target, output_loss
 from .calib.rtn import rtn_quantize
 from .fold import apply_fold, exact_folds
@@ -30,7 +30,7 @@ __all__ = ["METHODS", "Calibration", "quantize_blocks", "quantize_dense"]
 
 METHODS = ("gptq", "awq", "rtn", "awq+gptq")
 
-_REFERENCE_SHARE = 0.25  # of the batches also run through the original model; more changed nothing measurable
+_REFERENCE_SHARE = 0.25  # of the batches also run through the original model
 _MEMORY_SHARE = 0.3  # of the free memory that half-done batches may hold before blocks are run anew per stage
 
 
@@ -50,15 +50,6 @@ class Calibration:
     device: torch.device
     model_type: str = ""
     correct: bool = True
-
-
-@dataclass
-class _Moments:
-    """What one group's inputs were: H over all tokens, and the drift from the original model over some."""
-
-    hessian: Tensor
-    drift: tuple[Tensor, Tensor] | None
-    factor: Factor | None = None
 
 
 class Store(Protocol):
@@ -166,16 +157,20 @@ class _BlockWork:
         )
         with run, ref:
             for stage, group in enumerate(self.groups):
-                moments = self._moments(stage, run, ref)
-                for name in group.names:
-                    yield self._quantize(name, moments)
+                hessian, drift = self._moments(stage, run, ref)
+                if "gptq" in self.how.method:
+                    yield from self._gptq(group.names, hessian, drift)
+                else:
+                    for name in group.names:
+                        yield self._round(name, hessian)
             for name in self.wanted:
                 if name not in reached:
                     yield self._unreached(name)
             run.finish()
             ref.finish()
 
-    def _moments(self, stage: int, run: BlockRun, ref: BlockRun) -> _Moments:
+    def _moments(self, stage: int, run: BlockRun, ref: BlockRun) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """H of a stage's inputs over all tokens, and their drift from the original model over the reference's."""
         k = self.modules[self.groups[stage].names[0]].in_features
         rest = Hessian(k, self.how.device)
         drift = CrossMoment(k, self.how.device) if self.reference_batches else None
@@ -186,39 +181,55 @@ class _BlockWork:
             else:
                 rest.add(x)
         if drift is None:
-            return _Moments(rest.mean(), None)
-        return _Moments(drift.hessian.merged(rest).mean(), drift.moments())
+            return rest.mean(), None
+        return drift.hessian.merged(rest).mean(), drift.moments()
 
-    def _quantize(self, name: str, moments: _Moments) -> LayerRecord:
+    def _gptq(
+        self, names: Sequence[str], hessian: Tensor, drift: tuple[Tensor, Tensor] | None
+    ) -> Iterator[LayerRecord]:
+        """All linears of a group at once: they share the Hessian, and rows do not see each other."""
+        dtype = self.modules[names[0]].weight.dtype
+        weight = torch.cat([self.modules[name].weight.detach().float() for name in names])
+        target = weight if drift is None else corrected_target(weight, *drift)
+        factor = factorize(hessian)
+        found = gptq_quantize(weight, hessian, self.how.spec, factor=factor, target=target, scale_dtype=dtype)
+        energy = output_loss(target, torch.zeros_like(target), hessian)
+        rows = [self.modules[name].out_features for name in names]
+        for name, result, own in zip(names, found.split(rows), energy.split(rows), strict=True):
+            method = "rtn" if result.method == "rtn" else self.how.method
+            losses = float(result.loss.sum()), float(result.rtn_loss.sum())
+            yield self._record(name, result.weight, method, losses, float(own.sum()), result.damp_frac, result.notes)
+
+    def _round(self, name: str, hessian: Tensor) -> LayerRecord:
+        """Round to nearest on the inputs' grid, or on AWQ's clipped one."""
         linear, spec = self.modules[name], self.how.spec
-        weight = linear.weight.detach().float()
-        dtype, hessian = linear.weight.dtype, moments.hessian
-        notes = self.notes.get(name, ())
-        damp_frac, target = None, weight
-        if "gptq" in self.how.method:
-            moments.factor = moments.factor or factorize(hessian)
-            if moments.drift is not None:
-                target = corrected_target(weight, *moments.drift)
-            result = gptq_quantize(weight, hessian, spec, factor=moments.factor, target=target, scale_dtype=dtype)
-            qw, loss, rtn_loss, method = result.weight, result.loss, result.rtn_loss, result.method
-            damp_frac, notes = result.damp_frac, notes + result.notes
-            if method == "gptq":
-                method = self.how.method
-        else:
-            rtn = rtn_quantize(weight, spec, hessian.diagonal(), scale_dtype=dtype)
-            rtn_loss = float(output_loss(dequantize(rtn), weight, hessian).sum())
-            qw, loss, method = rtn, rtn_loss, "rtn"
-            if self.how.method == "awq":
-                qw = awq_quantize(weight, hessian, spec, scale_dtype=dtype)
-                loss, method = float(output_loss(dequantize(qw), weight, hessian).sum()), "awq"
-        energy = max(float(output_loss(target, torch.zeros_like(target), hessian).sum()), 1e-30)
-        full_name = f"{self.block.name}.{name}"
-        linear.weight.data = dequantize(qw).to(dtype)
-        self.store(full_name, linear, qw)
-        n, k = weight.shape
-        return LayerRecord(
-            full_name, (n, k), spec, method, loss / energy, rtn_loss / energy, "outputs", damp_frac, notes
+        weight, dtype = linear.weight.detach().float(), linear.weight.dtype
+        rtn = rtn_quantize(weight, spec, hessian.diagonal(), scale_dtype=dtype)
+        found = awq_quantize(weight, hessian, spec, scale_dtype=dtype) if self.how.method == "awq" else rtn
+        loss, rtn_loss, energy = (
+            float(output_loss(candidate, weight, hessian).sum())
+            for candidate in (dequantize(found), dequantize(rtn), torch.zeros_like(weight))
         )
+        return self._record(name, found, self.how.method, (loss, rtn_loss), energy)
+
+    def _record(
+        self,
+        name: str,
+        qw: QuantizedWeight,
+        method: str,
+        losses: tuple[float, float],
+        energy: float,
+        damp_frac: float | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> LayerRecord:
+        """Put the quantized weight in place and write down how it went."""
+        linear, full_name = self.modules[name], f"{self.block.name}.{name}"
+        linear.weight.data = dequantize(qw).to(linear.weight.dtype)
+        self.store(full_name, linear, qw)
+        loss, rtn_loss = (value / max(energy, 1e-30) for value in losses)
+        n, k = qw.codes.shape
+        notes = self.notes.get(name, ()) + notes
+        return LayerRecord(full_name, (n, k), self.how.spec, method, loss, rtn_loss, "outputs", damp_frac, notes)
 
     def _unreached(self, name: str) -> LayerRecord:
         linear = self.modules[name]
@@ -241,11 +252,8 @@ class _BlockWork:
                     moment.add(run.inputs(stage, batch))
                 hessians.update(dict.fromkeys(group.names, moment.mean()))
         block.float()  # scales are found, tested and applied in float32; the block's own dtype rounds once at the end
-        args, kwargs = to_device(self.inputs.arguments[self.index][0], self.how.device)
-        hidden = self.inputs.hidden[0][:1].to(self.how.device).float()
-        args, kwargs = _slice_batch((args, kwargs), self.inputs.hidden[0].shape[0])
         folds = [f for f in resolve(block, self.how.model_type) if all(b in hessians for b in f.balance)]
-        good, bad = exact_folds(block, folds, *_with_hidden(hidden, args, kwargs, self.inputs.keyword))
+        good, bad = exact_folds(block, folds, *self._one_sequence())
         reasons = reasons_without_fold(block, self.how.model_type)
         for fold in bad:
             reasons.update(dict.fromkeys(fold.balance, f"moving a scale into {fold.smooth} changed the block's output"))
@@ -261,6 +269,13 @@ class _BlockWork:
             if name in reasons:
                 self.notes[name] = (f"clip search alone: {reasons[name]}",)
 
+    def _one_sequence(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of a call of the block with the first sequence alone, in float32."""
+        hidden, rest = self.inputs.hidden[0], self.inputs.arguments[self.index][0]
+        first: Tensor = to_device(hidden[:1], self.how.device).float()
+        args, kwargs = _first_sequence(to_device(rest, self.how.device), hidden.shape[0])
+        return (args, {**kwargs, "hidden_states": first}) if self.inputs.keyword else ((first, *args), kwargs)
+
     def _fits(self) -> bool:
         """Whether all batches can stay halted inside the block at once."""
         tokens = sum(h.shape[0] * h.shape[1] for h in self.inputs.hidden)
@@ -270,22 +285,16 @@ class _BlockWork:
         return tokens * widths * size * streams < _MEMORY_SHARE * _free_bytes(self.how.device)
 
 
-def _slice_batch(rest: object, batch: int) -> object:
-    """The arguments for the first sequence alone: tensors with a leading batch dimension are cut to one row."""
-    if isinstance(rest, Tensor):
-        cut = rest[:1] if rest.ndim > 1 and rest.shape[0] == batch else rest
+def _first_sequence(value: Any, batch: int) -> Any:
+    """Nested arguments cut to the first of ``batch`` sequences: tensors that lead with that dimension lose the rest."""
+    if isinstance(value, Tensor):
+        cut = value[:1] if value.ndim > 1 and value.shape[0] == batch else value
         return cut.float() if cut.is_floating_point() else cut
-    if isinstance(rest, (tuple, list)):
-        return type(rest)(_slice_batch(value, batch) for value in rest)
-    if isinstance(rest, dict):
-        return {key: _slice_batch(value, batch) for key, value in rest.items()}
-    return rest
-
-
-def _with_hidden(
-    hidden: Tensor, args: tuple[object, ...], kwargs: dict[str, object], keyword: bool
-) -> tuple[tuple[object, ...], dict[str, object]]:
-    return (args, {**kwargs, "hidden_states": hidden}) if keyword else ((hidden, *args), kwargs)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_first_sequence(item, batch) for item in value)
+    if isinstance(value, dict):
+        return {key: _first_sequence(item, batch) for key, item in value.items()}
+    return value
 
 
 def _free_bytes(device: torch.device) -> float:

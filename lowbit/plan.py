@@ -18,6 +18,9 @@ __all__ = ["MIN_COVERAGE", "Plan", "make_plan"]
 MIN_COVERAGE = 0.9
 """Below this share of the decoder's weights a run is refused unless partial coverage is allowed."""
 
+_READ_THEIR_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""Modules of torch that hand the weights of their linears to fused functions."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -38,45 +41,71 @@ def make_plan(
 ) -> Plan:
     """Decide for every parameter of two or more dimensions.
 
+    A weight that two modules share stays dense: replacing one of them would leave the other as it was.
+
     Args:
         model: nothing in it is changed.
-        blocks: the decoder blocks; linears elsewhere stay dense. None takes the whole model for the decoder.
+        blocks: the decoder blocks; linears elsewhere stay dense. None takes all of the model for the decoder but
+            embeddings and a language model's output head.
         spec: its group size must divide K of every target.
         ignore: regular expressions, searched for in the module names; what matches stays dense.
         allow_partial: accept a coverage below :data:`MIN_COVERAGE`.
 
     Raises:
-        ValueError: a bad or unused expression, a group size that does not divide some K (every such layer is named),
-            NaN or infinite weights, nothing to quantize, or too little coverage.
+        ValueError: a bad or unused expression, a group size that does not divide some K (names five such layers and
+            counts the rest), NaN or infinite weights, nothing to quantize, or too little coverage.
     """
     patterns = [_compile(pattern) for pattern in ignore]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    head = _output_head(model)
     used: set[str] = set()
     targets: list[str] = []
     skipped: list[SkippedWeight] = []
+    uncovered: list[SkippedWeight] = []
     inside = quantized = 0
-    modules = dict(model.named_modules())
-    for full_name, parameter in model.named_parameters():
-        if parameter.ndim < 2:
-            continue
-        owner = full_name.rpartition(".")[0]
-        in_decoder = blocks is None or any(owner == b.name or owner.startswith(f"{b.name}.") for b in blocks)
+    for parameter, (name, *others) in _matrices(model).items():
+        owner = name.rpartition(".")[0]
+        found = [p.pattern for p in patterns if any(p.search(n.rpartition(".")[0]) for n in (name, *others))]
+        used.update(found)
+        if blocks is None:
+            in_decoder = not isinstance(modules[owner], nn.Embedding) and modules[owner] is not head
+        else:
+            in_decoder = any(owner == b.name or owner.startswith(f"{b.name}.") for b in blocks)
         inside += parameter.numel() if in_decoder else 0
-        match = next((p.pattern for p in patterns if p.search(owner)), None)
-        used.update(p.pattern for p in patterns if p.search(owner))
-        reason = _reason(full_name, modules[owner], parameter, in_decoder, match)
+        reason = f"matches ignore {found[0]!r}" if found else _reason(name, modules, parameter, in_decoder, others)
         if reason is None:
             targets.append(owner)
             quantized += parameter.numel()
-        else:
-            skipped.append(SkippedWeight(full_name, tuple(parameter.shape), reason))
-    for pattern in patterns:
-        if pattern.pattern not in used:
-            raise ValueError(
-                f"ignore {pattern.pattern!r} matches no weight of the model; for one, {_example(modules)!r}"
-            )
+            continue
+        weight = SkippedWeight(name, tuple(parameter.shape), reason)
+        uncovered += [weight] if in_decoder else []
+        skipped.append(weight)
+        skipped += [SkippedWeight(other, weight.shape, f"the same weight as {name}") for other in others]
+    _check_used(patterns, used, modules)
     plan = Plan(tuple(targets), tuple(skipped), quantized / inside if inside else 0.0)
-    _check(plan, modules, spec, allow_partial)
+    _check(plan, model, spec)
+    if plan.coverage < MIN_COVERAGE and not allow_partial:
+        raise ValueError(
+            f"only {plan.coverage:.1%} of the decoder's weights would be quantized, at least {MIN_COVERAGE:.0%} is "
+            f"expected; not covered: {_list(uncovered)}. Allow it with allow_partial (--allow-partial)"
+        )
     return plan
+
+
+def _matrices(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Every parameter of two or more dimensions, in model order, with all names it has."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.ndim >= 2:
+            names.setdefault(parameter, []).append(name)
+    return names
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    """The module a Hugging Face language model makes its logits with."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    return head if isinstance(head, nn.Module) else None
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
@@ -86,50 +115,72 @@ def _compile(pattern: str) -> re.Pattern[str]:
         raise ValueError(f"ignore {pattern!r} is not a regular expression: {error}") from error
 
 
-def _example(modules: dict[str, nn.Module]) -> str:
-    return next((name for name, module in modules.items() if isinstance(module, nn.Linear)), "")
+def _check_used(patterns: Sequence[re.Pattern[str]], used: set[str], modules: dict[str, nn.Module]) -> None:
+    example = next((name for name, module in modules.items() if isinstance(module, nn.Linear)), "")
+    for pattern in patterns:
+        if pattern.pattern not in used:
+            raise ValueError(
+                f"ignore {pattern.pattern!r} matches no weight of the model; module names look like {example!r}"
+            )
 
 
-def _reason(name: str, owner: nn.Module, parameter: nn.Parameter, in_decoder: bool, match: str | None) -> str | None:
+def _reason(
+    name: str, modules: dict[str, nn.Module], parameter: nn.Parameter, in_decoder: bool, others: Sequence[str]
+) -> str | None:
     """Why a weight stays dense; None when it is to be quantized."""
-    if match is not None:
-        return f"matches ignore {match!r}"
+    path = name.rpartition(".")[0]
+    owner, parent = modules[path], modules[path.rpartition(".")[0]]
     if isinstance(owner, nn.Embedding):
         return "embedding, kept in the model's dtype"
     if not in_decoder:
         return "outside the decoder blocks, kept in the model's dtype"
     if not isinstance(owner, nn.Linear):
         return f"{parameter.ndim}-D parameter of {type(owner).__name__}: only nn.Linear weights are quantized"
+    if not path:
+        return "the model itself is an nn.Linear, which cannot be replaced in place"
     if not name.endswith(".weight"):
         return "not the weight of its nn.Linear"
+    if others:
+        return f"shared with {', '.join(others)}"
+    if isinstance(parent, _READ_THEIR_CHILDREN):
+        return f"{type(parent).__name__} reads this weight itself instead of calling its nn.Linear"
+    if not _computes_a_linear(owner):
+        return f"{type(owner).__name__} computes something else than an nn.Linear"
     return None
 
 
-def _check(plan: Plan, modules: dict[str, nn.Module], spec: QuantSpec, allow_partial: bool) -> None:
+@torch.no_grad()
+def _computes_a_linear(module: nn.Linear) -> bool:
+    """False for subclasses, such as the routers of some mixtures of experts, that only store their weight like one."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    k, weight = module.in_features, module.weight
+    x = torch.linspace(-1, 1, 2 * k, device=weight.device).reshape(2, k).to(weight.dtype)
+    try:
+        found = module(x)
+    except Exception:  # foreign code, called in a way it may not expect
+        return False
+    expected = nn.functional.linear(x, weight, module.bias)
+    same = isinstance(found, torch.Tensor) and found.shape == expected.shape
+    return same and torch.allclose(found.float(), expected.float(), rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+
+
+def _check(plan: Plan, model: nn.Module, spec: QuantSpec) -> None:
     if not plan.targets:
-        raise ValueError(f"there is no linear weight to quantize; left out: {_list(plan.skipped)}")
+        left_out = _list(plan.skipped) if plan.skipped else "nothing, it has no weight matrices"
+        raise ValueError(f"{type(model).__name__} has no linear weight to quantize; left out: {left_out}")
     problems = []
     for name in plan.targets:
-        weight = modules[name].weight
-        assert isinstance(weight, torch.Tensor)
         try:
-            spec.num_groups(weight.shape[1], name)
+            spec.num_groups(model.get_parameter(f"{name}.weight").shape[1], name)
         except ValueError as error:
             problems.append(str(error))
     if problems:
         shown = "\n  ".join(problems[:5]) + (f"\n  and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise ValueError(f"{shown}\n  choose another group size, or leave these layers out with ignore")
-    for name in plan.targets:
-        weight = modules[name].weight
-        assert isinstance(weight, torch.Tensor)
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError(f"{name}.weight contains NaN or infinite values; the model cannot be quantized")
-    if plan.coverage < MIN_COVERAGE and not allow_partial:
-        inside = [w for w in plan.skipped if "outside the decoder" not in w.reason and "embedding" not in w.reason]
-        raise ValueError(
-            f"only {plan.coverage:.1%} of the decoder's weights would be quantized, at least {MIN_COVERAGE:.0%} is "
-            f"expected; not covered: {_list(inside)}. Allow it with allow_partial (--allow-partial)"
-        )
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"{name} contains NaN or infinite values; the model cannot be quantized")
 
 
 def _list(weights: Sequence[SkippedWeight], limit: int = 4) -> str:

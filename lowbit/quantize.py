@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from .blockwise import METHODS, Calibration, quantize_blocks, quantize_dense
 from .data import TextSource, check_vocabulary, load_text, token_windows
 from .evaluate import context_length
 from .linear import QuantLinear
-from .packing import packed_width
 from .plan import Plan, make_plan
 from .progress import track
 from .report import LayerRecord, QuantReport
@@ -47,8 +47,9 @@ def quantize_(
 ) -> QuantReport:
     """Quantize the linears of a module in place.
 
-    Without calibration data every ``nn.Linear`` outside embeddings is rounded to nearest, in any module. With it the
-    model must be a causal LM: its decoder blocks are calibrated one after the other, everything else stays.
+    Without calibration data every ``nn.Linear`` of any module is rounded to nearest, a language model's output head
+    excepted. With it the model must be a causal LM: its decoder blocks are calibrated one after the other, everything
+    else stays.
 
     Args:
         model: changed in place, also when the call is interrupted half-way.
@@ -71,16 +72,23 @@ def quantize_(
     """
     _check_method(method, spec, calibration, packed)
     blocks = find_blocks(model) if calibration is not None else None
+    if calibration is not None:
+        _check_tokens(model, calibration)
     plan = make_plan(model, blocks, spec, ignore, allow_partial=allow_partial)
     where = torch.device(device) if device is not None else next(model.parameters()).device
     report = QuantReport(type(model).__name__, method, spec, plan.coverage, skipped=list(plan.skipped))
-    was_training = model.training
+    if calibration is not None:
+        report.calibration = _calibration_record(
+            "the tokens given", sha256(calibration.cpu().numpy().tobytes()).hexdigest(), calibration
+        )
+    training = {name: module.training for name, module in model.named_modules()}
     try:
         how = Calibration(spec, method, where, _model_type(model), correct)
         store = _Store(model, packed)
         _run(model, plan, calibration, how, store, report, progress)
     finally:
-        model.train(was_training)
+        for name, module in model.named_modules():
+            module.training = training.get(name, False)
     for module in store.modules.values():
         module.repack()
     return report
@@ -100,6 +108,28 @@ def _check_method(method: str, spec: QuantSpec, calibration: Tensor | None, pack
             f"calibration must be token ids (windows, seq_len) int64 with at least one window, got "
             f"{tuple(calibration.shape)} {calibration.dtype}"
         )
+
+
+def _check_tokens(model: nn.Module, tokens: Tensor) -> None:
+    """Refuse tokens the model has no embedding or no position for, where it says how many there are."""
+    get = getattr(model, "get_input_embeddings", None)
+    embedding = get() if callable(get) else None
+    if isinstance(embedding, nn.Embedding):
+        check_vocabulary(tokens, embedding.num_embeddings)
+    if hasattr(model, "config") and tokens.shape[1] > context_length(model):
+        raise ValueError(
+            f"calibration windows of {tokens.shape[1]} tokens exceed the model's context of {context_length(model)}"
+        )
+
+
+def _calibration_record(source: str, digest: str, tokens: Tensor) -> dict[str, Any]:
+    return {
+        "source": source,
+        "sha256": digest,
+        "windows": len(tokens),
+        "seq_len": tokens.shape[1],
+        "tokens": tokens.numel(),
+    }
 
 
 def _model_type(model: nn.Module) -> str:
@@ -151,7 +181,7 @@ class _Store:
 
     def __call__(self, name: str, linear: nn.Linear, qw: QuantizedWeight) -> None:
         n, k = qw.codes.shape
-        zero_bits = 0 if qw.zeros is None else packed_width(n, qw.spec.bits) * 32 * qw.zeros.shape[1]
+        zero_bits = 0 if qw.zeros is None else -(-n * qw.spec.bits // 32) * 32 * qw.zeros.shape[1]
         self._bits += n * k * qw.spec.bits + qw.scales.numel() * qw.scales.element_size() * 8 + zero_bits
         self._weights += n * k
         if not self._packed:
@@ -251,13 +281,7 @@ def quantize(
         seq_len = min(seq_len, context_length(loaded))
         tokens = _choose_windows(tokenizer, text, samples, seq_len, seed)
         check_vocabulary(tokens, loaded.get_input_embeddings().num_embeddings)
-        report.calibration = {
-            "source": text.name,
-            "sha256": text.sha256,
-            "windows": len(tokens),
-            "seq_len": seq_len,
-            "tokens": tokens.numel(),
-        }
+        report.calibration = _calibration_record(text.name, text.sha256, tokens)
     blocks = find_blocks(loaded)
     plan = make_plan(loaded, blocks, spec, ignore, allow_partial=allow_partial)
     report.coverage, report.skipped = plan.coverage, list(plan.skipped)

@@ -259,8 +259,9 @@ def test_gptq_is_never_worse_than_round_to_nearest(spec, group_size):
     result = gptq_quantize(weight, _hessian(x), spec, scale_dtype=torch.bfloat16)
     exact = ((x.double() @ (dequantize(result.weight, torch.float64) - weight.double()).t()) ** 2).mean(0).sum()
     assert result.method == "gptq"
-    assert result.loss < result.rtn_loss
-    assert result.loss == pytest.approx(float(exact), rel=1e-3)
+    assert bool((result.loss <= result.rtn_loss).all())
+    assert float(result.loss.sum()) < 0.9 * float(result.rtn_loss.sum())
+    assert float(result.loss.sum()) == pytest.approx(float(exact), rel=1e-3)
     assert result.weight.scales.dtype == torch.bfloat16
     assert result.damp_frac == DAMP_LADDER[0]
     assert result.notes == ()
@@ -274,7 +275,7 @@ def test_a_target_is_what_gets_approached():
     hessian = _hessian(_inputs())
     toward = [float(output_loss(dequantize(r.weight), target, hessian).sum()) for r in (result, plain)]
     assert toward[0] < toward[1]
-    assert result.loss == pytest.approx(toward[0], rel=1e-5)
+    assert float(result.loss.sum()) == pytest.approx(toward[0], rel=1e-5)
 
 
 def test_dead_channels_are_reported_and_keep_their_nearest_code():
@@ -296,7 +297,7 @@ def test_singular_hessians_are_damped_not_refused(kind):
     else:
         x = x[:5]
     result = gptq_quantize(_weight(), _hessian(x), QuantSpec(4, 32, False))
-    assert result.loss <= result.rtn_loss
+    assert bool((result.loss <= result.rtn_loss).all())
     assert bool(torch.isfinite(result.weight.scales.float()).all())
 
 
@@ -326,11 +327,25 @@ def test_round_to_nearest_is_kept_where_it_is_better_and_the_report_says_so():
     """Errors compensated along a factor that does not belong to the inputs only grow."""
     wrong = factorize(_hessian(_inputs(seed=7)).flip(0, 1))
     result = gptq_quantize(_weight(), _hessian(_inputs()), QuantSpec(4, 32), factor=wrong)
-    assert result.method == "rtn"
-    assert result.loss == result.rtn_loss
-    assert "kept round to nearest" in result.notes[-1]
+    (part,) = result.split([24])
+    kept = int(result.rtn_rows.sum())
+    assert kept > 0
+    assert part.notes == (f"{kept} of 24 rows kept round to nearest, whose loss was lower",)
     expected = rtn_quantize(_weight(), QuantSpec(4, 32), _hessian(_inputs()).diagonal())
-    assert torch.equal(result.weight.codes, expected.codes)
+    assert torch.equal(result.weight.codes[result.rtn_rows], expected.codes[result.rtn_rows])
+    assert torch.equal(result.loss[result.rtn_rows], result.rtn_loss[result.rtn_rows])
+
+
+@every_spec
+def test_stacked_weights_give_what_each_gives_alone(spec):
+    """Bit for bit up to the order of a matrix product's sums: at most 1 code in 500 may differ."""
+    hessian = _hessian(_inputs())
+    parts = [_weight(8, seed=1), _weight(40, seed=2), _weight(16, seed=3)]
+    together = gptq_quantize(torch.cat(parts), hessian, spec).split([8, 40, 16])
+    for part, found in zip(parts, together, strict=True):
+        alone = gptq_quantize(part, hessian, spec)
+        assert float((found.weight.codes != alone.weight.codes).float().mean()) <= 2e-3 * (1 + 10 * (spec.bits == 8))
+        torch.testing.assert_close(found.loss, alone.loss, rtol=2e-2, atol=0)
 
 
 @pytest.mark.parametrize(

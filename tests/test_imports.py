@@ -28,7 +28,10 @@ ALLOWED = {
     "lowbit.cpu": "torch .packing .affine .spec",
     "lowbit.ops": "torch lowbit_kernels .cpu .packing .affine .spec",
     "lowbit.linear": "torch .cpu .ops .packing .affine .spec",
-    "lowbit.walk": "torch",
+    "lowbit.walk": "torch greenlet",
+    "lowbit.report": ".spec",
+    "lowbit.plan": "torch .report .spec .walk",
+    "lowbit.blockwise": "torch .affine .calib .fold .mappings .report .spec .walk",
     "lowbit.mappings": "torch",
     "lowbit.fold": "torch .mappings .walk",
     "lowbit.pack_quantized": "torch .packing .affine .spec",
@@ -41,8 +44,8 @@ ALLOWED = {
     "lowbit.data": "torch datasets",
     "lowbit.progress": "rich",
     "lowbit.evaluate": "torch .data .progress .hf",
-    "lowbit.quantize": "torch .affine .calib .checkpoint .data .fold .hf .linear .mappings .pack_quantized .packing "
-    ".progress .spec .walk .writer",
+    "lowbit.quantize": "torch .affine .blockwise .checkpoint .data .evaluate .hf .linear .plan .progress .report .spec "
+    ".walk",
     "lowbit.cli": "typer . .data",
     "lowbit_kernels": "torch triton",
 }

@@ -152,6 +152,6 @@ class _Wrong(nn.Module):
 @pytest.mark.parametrize("calls", [(0, 0, 1), (1, 0), (0,), (0, 1, 1)])
 def test_blocks_that_do_not_run_once_each_in_order_are_refused(calls):
     model = _Wrong(calls)
-    with pytest.raises(ValueError, match="run once each|was called"):
+    with pytest.raises(ValueError, match=r"run once each|was called"):
         capture_block_inputs(model, find_blocks(model), [torch.ones(2, 4, dtype=torch.int64)])
     assert all("forward" not in vars(block) for block in model.layers)

@@ -62,14 +62,45 @@ class Factor:
 
 @dataclass(frozen=True)
 class GptqResult:
-    """A quantized weight and its losses ``E |Q x - W x|^2``, summed over rows; ``method`` is what was kept."""
+    """A quantized weight and what it costs, row by row.
+
+    Attributes:
+        weight: the better of GPTQ and round to nearest in every row.
+        loss, rtn_loss: ``(N,)`` float32, ``E |Q x - T x|^2`` of what was kept and of round to nearest.
+        rtn_rows: ``(N,)`` bool, rows that kept round to nearest.
+        damp_frac, notes: of the Hessian's factor.
+    """
 
     weight: QuantizedWeight
-    loss: float
-    rtn_loss: float
-    method: str
+    loss: Tensor
+    rtn_loss: Tensor
+    rtn_rows: Tensor
     damp_frac: float | None
     notes: tuple[str, ...]
+
+    @property
+    def method(self) -> str:
+        """``gptq``, or ``rtn`` when no row was better off with GPTQ."""
+        return "rtn" if bool(self.rtn_rows.all()) else "gptq"
+
+    def split(self, rows: list[int]) -> list[GptqResult]:
+        """Parts of ``rows`` rows each, for weights that were stacked because they share their input."""
+        qw = self.weight
+        zeros: list[Tensor | None] = [None] * len(rows) if qw.zeros is None else list(qw.zeros.split(rows))
+        weights = [
+            QuantizedWeight(codes, scales, zero, qw.spec)
+            for codes, scales, zero in zip(qw.codes.split(rows), qw.scales.split(rows), zeros, strict=True)
+        ]
+        losses = zip(self.loss.split(rows), self.rtn_loss.split(rows), self.rtn_rows.split(rows), strict=True)
+        return [
+            GptqResult(weight, *parts, self.damp_frac, self.notes + _rtn_note(parts[2]))
+            for weight, parts in zip(weights, losses, strict=True)
+        ]
+
+
+def _rtn_note(rtn_rows: Tensor) -> tuple[str, ...]:
+    count = int(rtn_rows.sum())
+    return (f"{count} of {len(rtn_rows)} rows kept round to nearest, whose loss was lower",) if count else ()
 
 
 def _inverse_upper(hessian: Tensor) -> Tensor | None:
@@ -223,8 +254,10 @@ def gptq_quantize(
         rounds: alternations of refitting the scales and descending on the codes.
         sweeps: passes over the columns in each descent.
 
+    Weights that share their input may be stacked along N and the result split: rows do not see each other.
+
     Returns:
-        The better of GPTQ and round to nearest, by the loss against ``target``; which one, and why, is in the result.
+        In every row the better of GPTQ and round to nearest, by the loss against ``target``.
 
     Raises:
         ValueError: shapes that do not match, or non-finite input.
@@ -236,22 +269,33 @@ def gptq_quantize(
         raise ValueError("weight contains NaN or infinite values")
     weight = weight.float()
     W = weight if target is None else target.float()
-    rtn = rtn_quantize(weight, spec, hessian.diagonal(), scale_dtype=scale_dtype)
-    rtn_loss = float(output_loss(dequantize(rtn), W, hessian).sum())
 
+    def losses(candidate: QuantizedWeight) -> Tensor:
+        return output_loss(dequantize(candidate), W, hessian)
+
+    rtn = rtn_quantize(weight, spec, hessian.diagonal(), scale_dtype=scale_dtype)
+    rtn_loss = losses(rtn)
     scales, zeros = search_grid(weight, spec, factor.column_cost, scale_dtype=scale_dtype)
     grid = _Grid(scales, zeros, spec, weight.shape[1])
     codes = _round_columns(W, grid, factor)
     best = QuantizedWeight(codes, grid.stored, zeros, spec)
-    loss = float(output_loss(dequantize(best), W, hessian).sum())
+    loss = losses(best)
     for _ in range(rounds):
         grid = _refit_scales(codes, W, grid, factor)
         codes = _descend(codes, W, grid, factor, sweeps)
-        candidate = QuantizedWeight(codes, grid.stored, zeros, spec)
-        candidate_loss = float(output_loss(dequantize(candidate), W, hessian).sum())
-        if candidate_loss < loss:
-            best, loss = candidate, candidate_loss
-    if loss <= rtn_loss:
-        return GptqResult(best, loss, rtn_loss, "gptq", factor.damp_frac, factor.notes)
-    notes = (*factor.notes, f"kept round to nearest: its loss {rtn_loss:.4g} is below GPTQ's {loss:.4g}")
-    return GptqResult(rtn, rtn_loss, rtn_loss, "rtn", factor.damp_frac, notes)
+        refined = QuantizedWeight(codes, grid.stored, zeros, spec)
+        best, loss = _better_rows(refined, losses(refined), best, loss)
+    rtn_rows = rtn_loss < loss
+    best, loss = _better_rows(rtn, rtn_loss, best, loss)
+    return GptqResult(best, loss, rtn_loss, rtn_rows, factor.damp_frac, factor.notes)
+
+
+def _better_rows(
+    a: QuantizedWeight, a_loss: Tensor, b: QuantizedWeight, b_loss: Tensor
+) -> tuple[QuantizedWeight, Tensor]:
+    """Row by row the one of lower loss; ``b`` where they are equal."""
+    rows = a_loss < b_loss
+    pick = rows.unsqueeze(1)
+    zeros = None if a.zeros is None or b.zeros is None else torch.where(pick, a.zeros, b.zeros)
+    codes, scales = torch.where(pick, a.codes, b.codes), torch.where(pick, a.scales, b.scales)
+    return QuantizedWeight(codes, scales, zeros, a.spec), torch.where(rows, a_loss, b_loss)

@@ -18,9 +18,9 @@ from ..spec import QuantSpec
 
 __all__ = ["rtn_quantize", "search_grid"]
 
-_SHRINKS = 48
+_SHRINKS = 32
 _SMALLEST_SHRINK = {2: 0.25, 3: 0.35, 4: 0.5, 5: 0.6, 6: 0.7, 8: 0.85}
-_REFITS = 5
+_REFITS = 4
 _CHUNK = 1 << 22  # weights searched at a time: bounds the temporaries to a few tens of MB
 
 
@@ -57,8 +57,9 @@ class _Search:
 
     def _steps(self, scales: Tensor, zeros: Tensor) -> Tensor:
         """``code - zero`` of every weight."""
-        low = -zeros.unsqueeze(-1)
-        return (self.groups / scales.unsqueeze(-1)).round_().clamp_(low, low + self.spec.max_code)
+        zeros = zeros.unsqueeze(-1)
+        codes = (self.groups / scales.unsqueeze(-1)).add_(zeros).round_().clamp_(0, self.spec.max_code)
+        return codes.sub_(zeros)
 
     def try_grid(self, scales: Tensor, zeros: Tensor) -> None:
         scales = round_scales(scales, self.dtype).float()
@@ -98,7 +99,7 @@ def search_grid(
     Raises:
         ValueError: the group size does not divide K, or importance is not ``(K,)``.
     """
-    n, k = weight.shape
+    k = weight.shape[1]
     num_groups = spec.num_groups(k)
     if importance is not None:
         if tuple(importance.shape) != (k,):
