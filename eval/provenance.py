@@ -86,11 +86,12 @@ def short_name(path: str) -> str:
 
 
 def command_line() -> str:
-    """The command that runs now, to be repeated from the repository's root; absolute paths become relative ones."""
+    """The command that runs now, its paths as seen from the repository's root, where it is to be repeated."""
     script = os.path.relpath(sys.argv[0], ROOT)
     return shlex.join(["python", script, *(_relative(argument) for argument in sys.argv[1:])])
 
 
 def _relative(argument: str) -> str:
     name, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-    return name + equals + (os.path.relpath(value, ROOT) if os.path.isabs(value) else value)
+    is_path = os.path.isabs(value) or (os.sep in value and os.path.exists(value))
+    return name + equals + (os.path.relpath(value, ROOT) if is_path else value)

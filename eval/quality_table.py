@@ -149,7 +149,13 @@ def _measure_model(path: str, name: str, setting: _Setting, options: argparse.Na
     base = CachedBase(model, int(options.cache_gb * 1e9))
     for spec, method in itertools.product(setting.specs, setting.methods):
         used = None if method == "rtn" else setting.calibration
-        shared = {"model": name, "method": method, "spec": spec.label(), "seq_len": str(seq_len), "dtype": options.dtype}
+        shared = {
+            "model": name,
+            "method": method,
+            "spec": spec.label(),
+            "seq_len": str(seq_len),
+            "dtype": options.dtype,
+        }
         shared |= _calibration_columns(used, options.samples) | setting.origin
         rows = [shared | _data_columns(text, count) for text, count in zip(setting.texts, windows, strict=True)]
         todo = [(text, row) for text, row in zip(setting.texts, rows, strict=True) if not table.has(row)]

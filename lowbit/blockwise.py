@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .affine import QuantizedWeight, dequantize
 from .calib.awq import awq_quantize, scale_hessian, search_scales
 from .calib.gptq import factorize, gptq_quantize
-from .calib.hessian import CrossMoment, Hessian, corrected_target, output_loss
+from .calib.hessian import CrossMoment, Hessian, output_loss
 from .calib.rtn import rtn_quantize
 from .fold import apply_fold, exact_folds
 from .mappings import reasons_without_fold, resolve
@@ -30,7 +30,7 @@ __all__ = ["METHODS", "Calibration", "quantize_blocks", "quantize_dense"]
 
 METHODS = ("gptq", "awq", "rtn", "awq+gptq")
 
-_REFERENCE_SHARE = 0.25  # of the batches also run through the original model
+_REFERENCE_SHARE = 0.125  # of the batches also run through the original model
 _MEMORY_SHARE = 0.3  # of the free memory that half-done batches may hold before blocks are run anew per stage
 
 
@@ -169,7 +169,7 @@ class _BlockWork:
             run.finish()
             ref.finish()
 
-    def _moments(self, stage: int, run: BlockRun, ref: BlockRun) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    def _moments(self, stage: int, run: BlockRun, ref: BlockRun) -> tuple[Tensor, CrossMoment | None]:
         """H of a stage's inputs over all tokens, and their drift from the original model over the reference's."""
         k = self.modules[self.groups[stage].names[0]].in_features
         rest = Hessian(k, self.how.device)
@@ -182,15 +182,13 @@ class _BlockWork:
                 rest.add(x)
         if drift is None:
             return rest.mean(), None
-        return drift.hessian.merged(rest).mean(), drift.moments()
+        return drift.hessian.merged(rest).mean(), drift
 
-    def _gptq(
-        self, names: Sequence[str], hessian: Tensor, drift: tuple[Tensor, Tensor] | None
-    ) -> Iterator[LayerRecord]:
+    def _gptq(self, names: Sequence[str], hessian: Tensor, drift: CrossMoment | None) -> Iterator[LayerRecord]:
         """All linears of a group at once: they share the Hessian, and rows do not see each other."""
         dtype = self.modules[names[0]].weight.dtype
         weight = torch.cat([self.modules[name].weight.detach().float() for name in names])
-        target = weight if drift is None else corrected_target(weight, *drift)
+        target = weight if drift is None else drift.target(weight)
         factor = factorize(hessian)
         found = gptq_quantize(weight, hessian, self.how.spec, factor=factor, target=target, scale_dtype=dtype)
         energy = output_loss(target, torch.zeros_like(target), hessian)

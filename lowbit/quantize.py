@@ -116,7 +116,8 @@ def _check_tokens(model: nn.Module, tokens: Tensor) -> None:
     embedding = get() if callable(get) else None
     if isinstance(embedding, nn.Embedding):
         check_vocabulary(tokens, embedding.num_embeddings)
-    if hasattr(model, "config") and tokens.shape[1] > context_length(model):
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config") and tokens.shape[1] > context_length(model):
         raise ValueError(
             f"calibration windows of {tokens.shape[1]} tokens exceed the model's context of {context_length(model)}"
         )
@@ -310,16 +311,35 @@ def _enough(calibration: str | os.PathLike[str], samples: int | None, seq_len: i
 
 
 def _choose_windows(tokenizer: Any, text: TextSource, samples: int | None, seq_len: int, seed: int) -> Tensor:
-    windows = token_windows(tokenizer, text.text, seq_len)
+    wanted = samples or _SAMPLES
+    if text.is_file:
+        windows = _first_windows(tokenizer, text.text, seq_len, wanted)
+    else:
+        windows = token_windows(tokenizer, text.text, seq_len)
+        windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:wanted]]
     if samples is not None and len(windows) < samples:
         raise ValueError(
             f"calibration text {text.name!r} holds {len(windows)} windows of {seq_len} tokens, {samples} were asked "
             f"for; use a longer text, fewer samples or a shorter seq_len"
         )
-    if text.is_file:
-        return windows[: samples or _SAMPLES]
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    return windows[order[: samples or _SAMPLES]]
+    return windows
+
+
+def _first_windows(tokenizer: Any, text: str, seq_len: int, wanted: int) -> Tensor:
+    """The first windows of a text, tokenizing no more of it than they need: a long text's tokens take much memory.
+
+    Part of the text is cut off at a line's end and one window more is asked for than used, so that the cut cannot show
+    in any token that is kept.
+    """
+    length = 8 * seq_len * (wanted + 1)
+    while length < len(text):
+        end = text.rfind("\n", 0, length)
+        if end > 0:
+            windows = token_windows(tokenizer, text[:end], seq_len)
+            if len(windows) > wanted:
+                return windows[:wanted]
+        length *= 2
+    return token_windows(tokenizer, text, seq_len, wanted)
 
 
 def _write(writer: Any, model: Any, tokenizer: Any, source: str | os.PathLike[str], report: QuantReport) -> None:

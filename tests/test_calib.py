@@ -96,10 +96,12 @@ def test_the_corrected_target_is_the_least_squares_weight():
     moments = CrossMoment(64)
     for a, b in zip(x.split(100), y.split(100), strict=True):
         moments.add(a, b)
-    target = corrected_target(w, *moments.moments(), damp_frac=0.0)
+    cross, hessian = (x - y).t() @ y / len(x), y.t() @ y / len(x)
+    target = corrected_target(w, cross, hessian, damp_frac=0.0)
     expected = torch.linalg.lstsq(y.double(), x.double() @ w.double().t()).solution.t()
     torch.testing.assert_close(target.double(), expected, rtol=2e-3, atol=2e-4)
-    damped = corrected_target(w, *moments.moments())
+    damped = moments.target(w)
+    torch.testing.assert_close(damped, corrected_target(w, cross, hessian, damp_frac=64 / 512), rtol=1e-3, atol=1e-5)
     error = [float(((y @ t.t() - x @ w.t()) ** 2).mean()) for t in (w, damped, target)]
     assert error[2] <= error[1] < error[0]
 
@@ -108,7 +110,7 @@ def test_equal_streams_need_no_correction():
     x, w = _inputs(), _weight()
     moments = CrossMoment(64)
     moments.add(x, x)
-    assert torch.equal(corrected_target(w, *moments.moments()), w)
+    assert torch.equal(moments.target(w), w)
 
 
 # ------------------------------------------------------------------ round to nearest

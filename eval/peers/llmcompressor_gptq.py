@@ -81,7 +81,8 @@ def main():
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--symmetric", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--symmetric", action="store_true", default=True)
+    parser.add_argument("--asymmetric", dest="symmetric", action="store_false")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     options = parser.parse_args()
 

@@ -98,13 +98,18 @@ class CrossMoment:
         self._cross += drift.t() @ y
         self.hessian.add(quantized)
 
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """``E[(x - y) y^T]`` and ``E[y y^T]``, each ``(K, K)`` float32."""
-        hessian = self.hessian.mean()
-        return self._cross / self.tokens, hessian
+    def target(self, weight: Tensor) -> Tensor:
+        """:func:`corrected_target` of a weight ``(N, K)``, damped for the number of tokens seen.
+
+        K regressors estimated from n tokens carry noise of order K / n relative to the inputs' energy; damping by that
+        fraction keeps the correction where the data supports it.
+        """
+        k = self._cross.shape[0]
+        damp_frac = max(0.01, k / self.tokens)
+        return corrected_target(weight, self._cross / self.tokens, self.hessian.mean(), damp_frac=damp_frac)
 
 
-def corrected_target(weight: Tensor, cross: Tensor, hessian: Tensor, *, damp_frac: float = 0.01) -> Tensor:
+def corrected_target(weight: Tensor, cross: Tensor, hessian: Tensor, *, damp_frac: float) -> Tensor:
     """The weight T that brings ``T y`` closest to ``W x``: ``T = W + W E[(x-y) y^T] (E[y y^T] + damping)^-1``.
 
     GPTQ compares ``Q y`` with ``W y`` and so never corrects what earlier layers got wrong; GPTAQ (arXiv 2504.02692)
@@ -112,8 +117,9 @@ def corrected_target(weight: Tensor, cross: Tensor, hessian: Tensor, *, damp_fra
     GPTQ with T in the place of W, which is what this returns.
 
     Args:
-        weight: ``(N, K)``. cross, hessian: as :meth:`CrossMoment.moments` returns them.
-        damp_frac: fraction of the mean diagonal added to the diagonal; without data T falls back to W.
+        weight: ``(N, K)``.
+        cross, hessian: ``E[(x-y) y^T]`` and ``E[y y^T]``, each ``(K, K)`` float32.
+        damp_frac: fraction of the mean diagonal added to the diagonal; the larger, the closer T stays to W.
 
     Returns:
         ``(N, K)`` float32; ``weight`` itself when the damped second moment is not positive definite.
