@@ -43,7 +43,7 @@ class Run:
     Attributes:
         arm: which tool.
         whole: wall time from its start to its end, in seconds.
-        calibrate_and_pack: wall time of quantizing and writing alone, as the tool itself measured it, in seconds.
+        calibrate_and_pack: wall time of quantizing and writing alone, by the tool's own clock, in seconds.
         peak_bytes: largest resident set of the process, of its children if theirs was larger.
         saved_bytes: the safetensors files it wrote.
         calibration: sha256, windows, seq_len, tokens: what it calibrated on.
@@ -192,12 +192,15 @@ def run_arm(arm: Arm) -> Run:
             if process.returncode != 0:
                 raise ValueError(f"{arm.name} failed with {process.returncode}: {stderr.read().strip()[-2000:]}")
             result = parse_result(stdout.read(), arm.name)
+        saved = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+        if not saved:
+            raise ValueError(f"{arm.name} wrote no safetensors file")
         return Run(
             arm=arm.name,
             whole=whole,
             calibrate_and_pack=result["seconds"]["quantize"] + result["seconds"]["write"],
             peak_bytes=usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
-            saved_bytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
+            saved_bytes=saved,
             calibration={name: result["calibration"][name] for name in ("sha256", "windows", "seq_len", "tokens")},
             versions=result.get("versions", {}),
         )

@@ -140,8 +140,9 @@ def _markdown(rows: Sequence[Row], peers: Sequence[Peers]) -> str:
         "s: wall time of quantizing.\n"
     )
     parts.append(_list("Versions and hardware", (_versions(row) for row in rows)))
-    if any(row["peer_kl"] for row in rows) and peers:
-        parts.append(_list("Other tools", (f"{key}: {value}" for p in peers for key, value in p.about.items())))
+    shown = [p for p in peers if any(_mismatch(row, p) is None for row in rows)]
+    if shown:
+        parts.append(_list("Other tools", ("; ".join(f"{k}: {v}" for k, v in p.about.items()) for p in shown)))
     parts.append(_list("Commands", (f"`{row['command']}`" for row in rows)))
     return "\n".join(parts)
 
@@ -170,7 +171,7 @@ def _section(rows: Sequence[Row], peers: Sequence[Peers]) -> str:
     ]
     header = ["spec", "method", "bits", "perplexity", "KL", "top-1", "s"]
     if beside:
-        header += ["llm-compressor: perplexity", "KL", "KL, ours / theirs"]
+        header += ["llm-compressor: perplexity", "llm-compressor: KL", "KL, ours / theirs"]
     lines += [_cells(header), _cells(["---", "---", *["---:"] * (len(header) - 2)])]
     for spec, group in groupby(rows, lambda row: row["spec"]):
         same_spec = list(group)

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..affine import QuantizedWeight, dequantize, minmax_grid, quantize_to_grid, round_scales
 from ..spec import QuantSpec
+from .hessian import output_loss
 
-__all__ = ["AwqScales", "GridFn", "awq_quantize", "output_loss", "scale_hessian", "search_clip", "search_scales"]
+__all__ = ["AwqScales", "GridFn", "awq_quantize", "scale_hessian", "search_clip", "search_scales"]
 
 GridFn = Callable[[Tensor, Tensor, QuantSpec], tuple[Tensor, Tensor | None]]
 """``(weight (N, K), hessian (K, K), spec) -> (scales (N, G), zeros (N, G) uint8 or None)``, as :func:`search_clip`."""
@@ -56,19 +57,6 @@ class AwqScales:
 def scale_hessian(hessian: Tensor, scales: Tensor) -> Tensor:
     """Second moment of the input after it was divided by ``scales``: ``H_ij / (s_i s_j)``. Both ``(K, K)``."""
     return hessian / torch.outer(scales, scales).to(hessian.dtype)
-
-
-def output_loss(error: Tensor, hessian: Tensor) -> Tensor:
-    """``e H e^T`` of every row: the mean over tokens of the squared output error of that row.
-
-    Args:
-        error: ``(N, K)``, quantized minus original weight.
-        hessian: ``(K, K)``, ``X^T X / tokens``.
-
-    Returns:
-        ``(N,)``.
-    """
-    return torch.cat([((part @ hessian) * part).sum(1) for part in _row_chunks(error)])
 
 
 def search_clip(
@@ -188,7 +176,7 @@ def awq_quantize(
     w = weight.to(hessian.dtype)
     scales, zeros = search_clip(w, hessian, spec)
     best = _round_to(w, *minmax_grid(w, spec), spec, scale_dtype)
-    loss = output_loss(dequantize(best, w.dtype) - w, hessian)
+    loss = output_loss(dequantize(best, w.dtype), w, hessian)
     candidate = _round_to(w, scales, zeros, spec, scale_dtype)
     best, loss = _keep_better(best, loss, candidate, w, hessian)
     for _ in range(2):
@@ -261,8 +249,8 @@ def _rtn_loss(weight: Tensor, scales: Tensor, hessian: Tensor, spec: QuantSpec, 
         w = part.to(hessian.dtype)
         scaled = w * scales
         grid_scales, zeros = grid_fn(scaled, scaled_hessian, spec)
-        error = dequantize(quantize_to_grid(scaled, grid_scales, zeros, spec), w.dtype) - scaled
-        total += output_loss(error, scaled_hessian).sum()
+        rounded = dequantize(quantize_to_grid(scaled, grid_scales, zeros, spec), w.dtype)
+        total += output_loss(rounded, scaled, scaled_hessian).sum()
     return total
 
 
@@ -353,7 +341,7 @@ def _keep_better(
     best: QuantizedWeight, loss: Tensor, other: QuantizedWeight, weight: Tensor, hessian: Tensor
 ) -> tuple[QuantizedWeight, Tensor]:
     """Row by row, whichever has the smaller output loss."""
-    other_loss = output_loss(dequantize(other, weight.dtype) - weight, hessian)
+    other_loss = output_loss(dequantize(other, weight.dtype), weight, hessian)
     better = (other_loss < loss).unsqueeze(1)
     zeros = None
     if best.zeros is not None and other.zeros is not None:

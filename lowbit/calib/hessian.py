@@ -10,9 +10,9 @@ from torch import Tensor
 
 __all__ = ["CrossMoment", "Hessian", "corrected_target", "output_loss"]
 
-_STRIPES = (
-    8  # the symmetric product is computed in this many column stripes, each from its diagonal on: 9/16 of the work
-)
+# Columns of the symmetric product are computed in this many stripes, each from its diagonal on: 9/16 of the work.
+_STRIPES = 8
+_CHUNK = 1 << 24  # weights whose loss is computed at a time
 
 
 class Hessian:
@@ -68,8 +68,10 @@ class Hessian:
 
 def output_loss(candidate: Tensor, weight: Tensor, hessian: Tensor) -> Tensor:
     """``E |Q x - W x|^2`` per output row: shapes ``(N, K)``, ``(N, K)``, ``(K, K)`` -> ``(N,)``."""
-    error = candidate - weight
-    return ((error @ hessian) * error).sum(1)
+    rows = max(1, _CHUNK // weight.shape[1])  # bounds the memory of wide layers
+    return torch.cat(
+        [((q - w) @ hessian).mul_(q - w).sum(1) for q, w in zip(candidate.split(rows), weight.split(rows), strict=True)]
+    )
 
 
 class CrossMoment:
