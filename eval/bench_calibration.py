@@ -291,8 +291,8 @@ def markdown(setting: dict[str, Any], summary: dict[str, dict[str, Any]]) -> str
         low, high = row["pair_ratios"]
         lines.append(f"| {label} | {cells} | {row['ratio']:.3f} ({low:.3f} to {high:.3f}) |")
     lines.append(
-        "\nCalibrate and pack: from the loaded model and the tokenized text to the written folder, by each tool's own "
-        "clock. Whole process: interpreter, imports and loading as well. Memory: ru_maxrss of the process.\n"
+        "\nCalibrate and pack: from the loaded model and the tokenized text to the end of writing, by each "
+        "tool's own clock. Whole process: interpreter, imports and loading as well. Memory: ru_maxrss of the process.\n"
     )
     versions = {"lowbit": {"lowbit": setting["lowbit"], **setting["versions"]["lowbit"]}}
     versions["llm-compressor"] = setting["versions"]["llm-compressor"]

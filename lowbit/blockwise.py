@@ -7,7 +7,9 @@ inputs' Hessian over all batches and quantize, so that later groups and later bl
 from __future__ import annotations
 
 import copy
+import ctypes
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,7 +32,8 @@ __all__ = ["METHODS", "Calibration", "quantize_blocks", "quantize_dense"]
 
 METHODS = ("gptq", "awq", "rtn", "awq+gptq")
 
-_REFERENCE_SHARE = 0.125  # of the batches also run through the original model
+_REFERENCE_SHARE = 0.25  # of the batches also run through the original model; eval/results/notes.md has 1/8 and 1
+_TRIM_EVERY = 8  # batches: more often costs page faults, less often memory
 _MEMORY_SHARE = 0.3  # of the free memory that half-done batches may hold before blocks are run anew per stage
 
 
@@ -50,6 +53,10 @@ class Calibration:
     device: torch.device
     model_type: str = ""
     correct: bool = True
+
+
+# glibc only: other C libraries have no such call, and need none
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 class Store(Protocol):
@@ -102,8 +109,10 @@ def quantize_blocks(
     correct = how.correct and "gptq" in how.method
     # Spread over the whole text, and never fewer than two batches' worth.
     step = max(1, min(round(1 / _REFERENCE_SHARE), count // 2)) if correct else 1
-    reference = BlockInputs(list(inputs.hidden), inputs.arguments, inputs.keyword)
     reference_batches = range(0, count, step) if correct else range(0)
+    own = [h.clone() if i in reference_batches else h[:0] for i, h in enumerate(inputs.hidden)]
+    reference = BlockInputs(own, inputs.arguments, inputs.keyword)
+    _return_free_memory()  # tokenizing left some
     for index, block in enumerate(blocks):
         prefix = f"{block.name}."
         wanted = [name.removeprefix(prefix) for name in targets if name.startswith(prefix)]
@@ -180,6 +189,8 @@ class _BlockWork:
                 drift.add(ref.inputs(stage, batch), x)
             else:
                 rest.add(x)
+            if batch % _TRIM_EVERY == 0:
+                _return_free_memory()
         if drift is None:
             return rest.mean(), None
         return drift.hessian.merged(rest).mean(), drift
@@ -293,6 +304,12 @@ def _first_sequence(value: Any, batch: int) -> Any:
     if isinstance(value, dict):
         return {key: _first_sequence(item, batch) for key, item in value.items()}
     return value
+
+
+def _return_free_memory() -> None:
+    """Hand freed heap pages back to the system: between tensors that stay, glibc keeps those of every one that went."""
+    if _malloc_trim is not None:
+        _malloc_trim(0)
 
 
 def _free_bytes(device: torch.device) -> float:

@@ -312,4 +312,4 @@ class BlockRun:
                 output = run.switch()
             self._running.discard(run)
             assert isinstance(output, Tensor)
-            self._inputs.hidden[batch] = output.to(self._inputs.hidden[batch].device)
+            self._inputs.hidden[batch].copy_(output)  # in place: new tensors for every block fragment the heap

@@ -1,4 +1,4 @@
-"""The plan names every weight matrix, with a reason for each that stays, and refuses what cannot work before any work."""
+"""The plan names every weight matrix, gives a reason for each that stays, and refuses what cannot work."""
 
 from __future__ import annotations
 

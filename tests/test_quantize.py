@@ -53,6 +53,7 @@ def logits(model, tokens=TOKENS):
     return model(tokens, use_cache=False).logits
 
 
+@torch.no_grad()
 def distance(a, b):
     return float((a - b).double().norm() / b.double().norm())
 
@@ -100,16 +101,17 @@ def test_gptq_is_never_above_round_to_nearest(family):
         for layer in quantized(family, method)[1].layers:
             assert layer.loss <= layer.rtn_loss
             assert layer.damp_frac is not None
-            kept = any("kept round to nearest" in note for note in layer.notes)
-            assert layer.method == ("rtn" if kept else method)
+            every_row = f"{layer.shape[0]} of {layer.shape[0]} rows kept round to nearest, whose loss was lower"
+            assert layer.method == ("rtn" if every_row in layer.notes else method)
 
 
 @families
 @methods
 def test_the_logits_stay_close_to_the_originals(family, method):
-    """Rounding to 4 bits costs about a tenth; a scale folded into the wrong place costs everything."""
-    model, _ = quantized(family, method)
-    assert distance(logits(model), logits(original(family))) < 0.35
+    """On the calibration tokens, of random weights. A scale folded into the wrong place would cost everything."""
+    errors = {m: distance(logits(quantized(family, m)[0]), logits(original(family))) for m in ("rtn", method)}
+    assert errors["rtn"] < 0.35
+    assert errors[method] <= errors["rtn"] * (0.6 if "gptq" in method else 1)
 
 
 @families
@@ -167,21 +169,40 @@ def test_linears_that_read_one_input_share_one_factorization(monkeypatch, family
     solved = spied(monkeypatch, "gptq_quantize")
     quantize_(tiny_model(family), W4, "gptq", calibration=TOKENS)
     assert len(factorized) == 2 * 4, "attention input, attention output, MLP input, MLP output of two blocks"
-    assert len(solved) == 2 * ALL_LINEARS[family]
     assert len({id(kwargs["factor"]) for _, kwargs in solved}) == 2 * 4
+    assert sum(len(args[0]) for args, _ in solved) == sum(
+        m.out_features for n, m in original(family).named_modules() if isinstance(m, nn.Linear) and n != "lm_head"
+    )
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox", "opt"])
+QKV = {"q_proj", "k_proj", "v_proj"}
+READ_BEFORE_ANYTHING_IS_QUANTIZED = {
+    "llama": QKV,
+    "gemma3": QKV,
+    "opt": QKV,
+    "gpt_neox": {"query_key_value", "dense_h_to_4h"},  # attention and MLP side by side
+}
+"""Linears of the first block whose inputs come straight from the embeddings."""
+
+
+@pytest.mark.parametrize("family", READ_BEFORE_ANYTHING_IS_QUANTIZED)
 def test_every_hessian_is_of_the_inputs_in_the_quantized_model(monkeypatch, family):
     """True-sequential, within a block and from block to block: each weight was fitted to what it will read."""
     solved = spied(monkeypatch, "gptq_quantize")
     model = tiny_model(family)
     report = quantize_(model, W4, "gptq", calibration=TOKENS)
-    final, first = _second_moments(dense_twin(model)), _second_moments(original(family))
-    for layer, (args, _) in zip(report.layers, solved, strict=True):
-        assert distance(args[1], final[layer.name]) < 1e-5
-    last = report.layers[-1].name
-    assert distance(solved[-1][0][1], first[last]) > 1e-3, "the original model's inputs are others"
+    final, first = _second_moments(dense_twin(model)), _second_moments(tiny_model(family))
+    layers, hessians = iter(report.layers), {}
+    for (weight, hessian, *_), _ in solved:  # linears of one input are solved together, stacked
+        rows = 0
+        while rows < len(weight):
+            layer = next(layers)
+            rows, hessians[layer.name] = rows + layer.shape[0], hessian
+        assert rows == len(weight)
+    assert hessians.keys() == final.keys()
+    assert all(distance(hessian, final[name]) < 1e-5 for name, hessian in hessians.items())
+    same = {name.rpartition(".")[2] for name, hessian in hessians.items() if distance(hessian, first[name]) < 1e-3}
+    assert same == READ_BEFORE_ANYTHING_IS_QUANTIZED[family]
 
 
 def _second_moments(model):
@@ -206,7 +227,7 @@ def test_the_reported_loss_is_the_error_of_the_outputs():
     """Recomputed in float64 from the first weights of the model, whose inputs are the original ones."""
     report = quantized("llama", "rtn")[1]
     name = "model.layers.0.self_attn.q_proj"
-    moment = _second_moments(copy.deepcopy(original("llama")))[name]
+    moment = _second_moments(tiny_model("llama"))[name]
     weight = original("llama").get_submodule(name).weight.detach().double()
     error = packed(quantized("llama", "rtn")[0])[name].dequantize(torch.float64) - weight
     expected = float((error @ moment * error).sum() / (weight @ moment * weight).sum())
@@ -236,7 +257,7 @@ def test_a_bfloat16_model_stays_one():
     for method in ("gptq", "awq"):
         model = tiny_model("llama", dtype=torch.bfloat16)
         report = quantize_(model, W4, method, calibration=TOKENS)
-        assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.int32, torch.int64}
+        assert {p.dtype for p in model.state_dict().values()} == {torch.bfloat16, torch.int32, torch.int64}
         assert all(layer.loss < 0.02 for layer in report.layers)
         reference = logits(original("llama"))
         assert distance(logits(model).float(), reference) < 0.35
@@ -275,14 +296,15 @@ class Unknown(nn.Module):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_causal_lm_of_no_known_family(method):
     model = Unknown().eval()
-    before = model(TOKENS, use_cache=False)
+    run = torch.no_grad()(functools.partial(model, TOKENS, use_cache=False))
+    before = run()
     report = quantize_(model, W4, method, calibration=TOKENS)
     assert len(packed(model)) == 6 and report.coverage == 1.0
-    assert distance(model(TOKENS, use_cache=False), before) < 0.05
+    assert distance(run(), before) < 0.05
     notes = {layer.name: layer.notes for layer in report.layers}
     assert notes["steps.1.idle"] == ("no calibration token reached it: rounded to nearest",)
     if "awq" in method:
-        assert notes["steps.0.first"] == ("clip search alone: no folding table fits this block",)
+        assert notes["steps.0.first"][0] == "clip search alone: no folding table fits this block"
     idle = next(layer for layer in report.layers if layer.name == "steps.0.idle")
     assert (idle.method, idle.loss_of) == ("rtn", "weights")
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers import models as hf_models
 
@@ -63,3 +66,29 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -
 
 def random_tokens(windows: int = 6, length: int = 24, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, VOCAB, (windows, length), generator=torch.Generator().manual_seed(seed))
+
+
+BOOKS_4M = Path(__file__).parent.parent / "eval" / "data" / "books-4m"
+
+
+def tiny_folder(
+    path: Path, *, hidden: int = 64, vocab: int = 4096, damage: Callable[[Any], object] | None = None
+) -> Path:
+    """A model folder of a tiny Llama with the tokenizer of books-4m, which has 4096 tokens.
+
+    Args:
+        damage: called with the model before it is saved.
+    """
+    torch.manual_seed(0)
+    fields = {**_GATED, "hidden_size": hidden, "vocab_size": vocab, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(_config("llama:LlamaConfig", **fields), dtype=torch.float32)
+    if damage is not None:
+        with torch.no_grad():
+            damage(model)
+    path.mkdir()
+    model.config.save_pretrained(path)
+    model.generation_config.save_pretrained(path)
+    save_file({name: p.detach().clone() for name, p in model.named_parameters()}, path / "model.safetensors")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(BOOKS_4M / name, path / name)
+    return path
