@@ -166,7 +166,10 @@ class _BlockWork:
         )
         with run, ref:
             for stage, group in enumerate(self.groups):
-                hessian, drift = self._moments(stage, run, ref)
+                try:
+                    hessian, drift = self._moments(stage, run, ref)
+                except ValueError as error:
+                    raise ValueError(f"{self.block.name}.{group.names[0]}: {error}") from error
                 if "gptq" in self.how.method:
                     yield from self._gptq(group.names, hessian, drift)
                 else:

@@ -67,7 +67,7 @@ def quantize_command(
     bits: Annotated[int, typer.Option(help="Bits per weight: 2, 4 or 8 have a file format.")] = 4,
     group_size: Annotated[int, typer.Option(help="Columns sharing a scale: 32, 64, 128, or -1 for a whole row.")] = 128,
     symmetric: Annotated[
-        bool | None, typer.Option("--symmetric/--asymmetric", help="Default: what measured best for the bits.")
+        bool | None, typer.Option("--symmetric/--asymmetric", help="Default: symmetric from 4 bits on.")
     ] = None,
     method: Annotated[Method, typer.Option(help="How the codes are chosen.")] = "gptq",
     calibration: Annotated[

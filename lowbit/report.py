@@ -118,10 +118,12 @@ class QuantReport:
             c = self.calibration
             lines.append(f"  calibration {c['windows']} x {c['seq_len']} tokens of {c['source']}")
         if self.layers:
-            worst = max(self.layers, key=lambda layer: layer.loss)
-            mean = sum(layer.loss for layer in self.layers) / len(self.layers)
+            kind = "outputs" if any(layer.loss_of == "outputs" for layer in self.layers) else "weights"
+            measured = [layer for layer in self.layers if layer.loss_of == kind]
+            worst = max(measured, key=lambda layer: layer.loss)
+            mean = sum(layer.loss for layer in measured) / len(measured)
             lines.append(
-                f"  error       relative squared error of the {worst.loss_of}: mean {mean:.2e}, "
+                f"  error       relative squared error of the {kind}: mean {mean:.2e}, "
                 f"worst {worst.loss:.2e} ({worst.name})"
             )
         if self.seconds:

@@ -21,8 +21,9 @@ PACKED_BITS = (2, 4, 8)
 GROUP_SIZES = (32, 64, 128, -1)
 """Columns that share a scale; -1 is the whole row."""
 
-# Measured in eval/results/quality.md and bounded by which engines open the file (README, "Symmetric or asymmetric").
-_SYMMETRIC_BY_DEFAULT = {2: False, 3: False, 4: False, 5: False, 6: True, 8: True}
+# Asymmetric loses less at every width (eval/results/quality.md), symmetric opens in more engines: README, "Symmetric or
+# asymmetric".
+_SYMMETRIC_BY_DEFAULT = {2: False, 3: False, 4: True, 5: True, 6: True, 8: True}
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class QuantSpec:
         bits: 2, 3, 4, 5, 6 or 8.
         group_size: 32, 64, 128, or -1 for one group per row.
         symmetric: zero fixed at ``2**(bits-1)`` (True) or an integer per group (False). ``None``, the default, takes
-            what was measured to be best for ``bits`` and is resolved at once: a built spec always holds a bool.
+            the default of the width (README, "Symmetric or asymmetric") and is resolved at once: a built spec always
+            holds a bool.
 
     Raises:
         ValueError: a field is not one of the values above; the message names the field, the value and what is allowed.
@@ -51,7 +53,7 @@ class QuantSpec:
         if self.symmetric is None:
             object.__setattr__(self, "symmetric", _SYMMETRIC_BY_DEFAULT[self.bits])
         if type(self.symmetric) is not bool:
-            raise ValueError(f"symmetric must be True, False or None (the measured default), got {self.symmetric!r}")
+            raise ValueError(f"symmetric must be True, False or None (the width's default), got {self.symmetric!r}")
 
     @property
     def max_code(self) -> int:

@@ -71,6 +71,14 @@ def _free_name(out: Path, kind: str) -> Path:
     return next(path for path in candidates if not path.exists())
 
 
+def _write_json(path: Path, value: Any) -> None:
+    text = json_text(value)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:  # Python names the file when opening fails, but not when writing does
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 class CheckpointWriter:
     """Writes a model folder tensor by tensor; a context manager.
 
@@ -168,7 +176,7 @@ class CheckpointWriter:
         Raises:
             ValueError: the name is not a plain file name, is used already, or ``value`` has no JSON form.
         """
-        self._new_file(filename).write_text(json_text(value), encoding="utf-8")
+        _write_json(self._new_file(filename), value)
 
     def add_file(self, source: str | os.PathLike[str], filename: str | None = None) -> None:
         """Add a copy of a file, under its own name unless ``filename`` is given."""
@@ -198,7 +206,7 @@ class CheckpointWriter:
         from . import __version__  # here, because lowbit/__init__.py imports this module
 
         manifest = build_manifest(self.path, record, __version__)
-        (self.path / MANIFEST).write_text(json_text(manifest), encoding="utf-8")
+        _write_json(self.path / MANIFEST, manifest)
         for path in sorted(self.path.rglob("*")):
             fsync_path(path)
         fsync_path(self.path)
@@ -237,7 +245,7 @@ class CheckpointWriter:
             weight_map.update(dict.fromkeys(names, filename))
         if count > 1:
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            (self.path / INDEX).write_text(json_text(index), encoding="utf-8")
+            _write_json(self.path / INDEX, index)
 
     def _move_into_place(self) -> None:
         check_output(self._out, None, self._overwrite)

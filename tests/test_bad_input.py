@@ -398,11 +398,16 @@ def mounts_are_allowed():
 
 
 @pytest.mark.skipif(not mounts_are_allowed(), reason="no unprivileged mount of a small disk here")
-@pytest.mark.parametrize("missing", ["half the shard", "the tokenizer"])
-def test_a_full_disk(model, packed, tmp_path, missing):
+@pytest.mark.parametrize("too_much", ["tokenizer.json", "model.safetensors", "lowbit.json"])
+def test_a_full_disk(model, packed, tmp_path, too_much):
     """A real disk that is too small and holds an older result; what is left on it is listed before it goes."""
-    shard = (packed / "model.safetensors").stat().st_size
-    size = shard // 2 if missing == "half the shard" else shard + 100_000
+    pages = {path.name: -(-path.stat().st_size // 4096) for path in packed.iterdir()}
+    fits = {
+        "tokenizer.json": 20,
+        "model.safetensors": 150,
+        "lowbit.json": sum(pages.values()) - pages["lowbit.json"] + 2,
+    }
+    size = 4096 * fits[too_much]
     disk = tmp_path / "disk"
     disk.mkdir()
     before = tree(model)
@@ -417,7 +422,7 @@ def test_a_full_disk(model, packed, tmp_path, missing):
     assert done.stdout.split() == ["status", "2", f"{disk}:", "out", f"{disk}/out:", "config.json"]
     assert done.stderr.count("lowbit: error: ") == 1 and "Traceback" not in done.stderr
     assert "No space left on device" in done.stderr
-    assert ("tokenizer.json" if missing == "the tokenizer" else "model.safetensors") in done.stderr
+    assert too_much in done.stderr, "it got that far"
     assert tree(model) == before
 
 
@@ -433,7 +438,8 @@ def test_ctrl_c_while_quantizing(out, tmp_path, delay):
         assert any(".tmp-" in path.name for path in out.parent.iterdir()), "it is at work"
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
+    # Python ends by the signal itself if that came while a string was executed, in an import for one; a shell says 130.
+    assert process.returncode in (130, -signal.SIGINT), stderr
     assert stdout == "" and stderr.count("lowbit: ") == 1 and stderr.endswith("lowbit: interrupted\n")
     assert "Traceback" not in stderr
     assert tree(tmp_path) == before and tree(BOOKS_4M) == source

@@ -106,6 +106,20 @@ def test_the_corrected_target_is_the_least_squares_weight():
     assert error[2] <= error[1] < error[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_streams_give_nearly_the_float32_target(dtype):
+    """A channel of 300 over 2,048 tokens sums beyond float16's 65,504. The streams themselves are rounded first."""
+    x = (_inputs(2048) + torch.nn.functional.one_hot(torch.tensor(5), 64) * 300).to(dtype)
+    y = (x.float() + 0.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))).to(dtype)
+    targets = []
+    for a, b in ((x, y), (x.float(), y.float())):
+        moments = CrossMoment(64)
+        moments.add(a, b)
+        targets.append(moments.target(_weight()))
+    change = float((targets[1] - _weight()).norm())
+    assert float((targets[0] - targets[1]).norm()) < 0.05 * change
+
+
 def test_equal_streams_need_no_correction():
     x, w = _inputs(), _weight()
     moments = CrossMoment(64)

@@ -65,7 +65,7 @@ def test_quantize_passes_the_documented_defaults(public, capsys):
         (
             ("model", "out", 4),
             {
-                "group_size": 128, "symmetric": None, "method": "gptq", "calibration": "wikitext2", "samples": 128,
+                "group_size": 128, "symmetric": None, "method": "gptq", "calibration": None, "samples": None,
                 "seq_len": 2048, "ignore": (), "device": "auto", "dtype": "auto", "seed": 0, "overwrite": False,
                 "allow_partial": False,
             },

@@ -15,7 +15,7 @@ from lowbit import QuantLinear, QuantSpec, quantize_
 from lowbit.affine import dequantize
 from tiny_models import ALL_LINEARS, FAMILIES, random_tokens, tiny_model
 
-W4 = QuantSpec(4, 32)
+W4 = QuantSpec(4, 32, False)
 TOKENS = random_tokens()
 METHODS = ("rtn", "gptq", "awq", "awq+gptq")
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -441,7 +441,7 @@ def test_an_interrupted_run_leaves_flags_and_hooks_as_they_were(monkeypatch):
 def test_the_report_is_json_and_complete():
     _, report = quantized("llama", "gptq")
     record = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert record["spec"] == {"bits": 4, "group_size": 32, "symmetric": False}
+    assert QuantSpec.from_dict(record["spec"]) == W4
     assert record["calibration"]["windows"] == 6 and record["calibration"]["tokens"] == 6 * 24
     assert len(record["calibration"]["sha256"]) == 64
     assert len(record["layers"]) == 14 and len(record["skipped"]) == 2

@@ -265,8 +265,9 @@ def gptq_quantize(
     factor = factorize(hessian) if factor is None else factor
     if weight.ndim != 2 or hessian.shape[0] != weight.shape[1]:
         raise ValueError(f"weight (N, K) {tuple(weight.shape)} and hessian {tuple(hessian.shape)} do not match")
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError("weight contains NaN or infinite values")
+    for name, tensor in (("weight", weight), ("target", weight if target is None else target)):
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} contains NaN or infinite values")
     weight = weight.float()
     W = weight if target is None else target.float()
 

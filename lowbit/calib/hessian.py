@@ -94,9 +94,11 @@ class CrossMoment:
         """Add the same tokens' inputs from both streams, each ``(tokens, K)``."""
         if original.shape != quantized.shape:
             raise ValueError(f"streams differ in shape: {tuple(original.shape)} and {tuple(quantized.shape)}")
-        # The drift is small and enters as a correction only: 16-bit factors are precise enough and much faster.
-        y = quantized.to(self._cross.device)
-        drift = (original.to(y.device, torch.float32) - y.float()).to(y.dtype)
+        # The drift enters as a correction only: for bfloat16 its own products are precise enough, and much faster.
+        # float16 has the precision but not the range.
+        work = torch.bfloat16 if quantized.dtype == torch.bfloat16 else torch.float32
+        y = quantized.to(self._cross.device, work)
+        drift = (original.to(y.device, torch.float32) - y.float()).to(work)
         self._cross += drift.t() @ y
         self.hessian.add(quantized)
 
