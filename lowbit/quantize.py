@@ -25,12 +25,12 @@ from .plan import Plan, make_plan
 from .progress import track
 from .report import LayerRecord, QuantReport
 from .spec import PACKED_BITS, QuantSpec
-from .walk import capture_block_inputs, find_blocks
+from .walk import capture_block_inputs, find_blocks, linears
 
 __all__ = ["quantize", "quantize_"]
 
 _SAMPLES = 128
-_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
 def quantize_(
@@ -150,6 +150,14 @@ def _run(
     """Quantize a model in place and fill in the report."""
     started = time.perf_counter()
     model.eval()
+    if tokens is not None:
+        modules = linears(model)
+        widest = max(modules[name].in_features for name in plan.targets)
+        if tokens.numel() < widest:
+            report.notes.append(
+                f"{tokens.numel()} calibration tokens for inputs of up to {widest} channels: the Hessians are "
+                f"singular and held up by damping; use more samples"
+            )
     report.base_bytes = _tensor_bytes(model)
     records = _records(model, plan, tokens, how, store)
     report.layers = list(track(records, f"{how.method} {how.spec.label()}", len(plan.targets), progress))
@@ -332,7 +340,7 @@ def _first_windows(tokenizer: Any, text: str, seq_len: int, wanted: int) -> Tens
     Part of the text is cut off at a line's end and one window more is asked for than used, so that the cut cannot show
     in any token that is kept.
     """
-    length = 8 * seq_len * (wanted + 1)
+    length = 6 * seq_len * (wanted + 1)
     while length < len(text):
         end = text.rfind("\n", 0, length)
         with suppress(ValueError):  # a part of less than one window is no error yet

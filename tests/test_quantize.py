@@ -494,3 +494,10 @@ def test_a_model_that_is_quantized_already_is_refused(tokens):
     model = copy.deepcopy(quantized("llama", "rtn")[0])
     with pytest.raises(ValueError, match=r"no linear .*QuantLinear|found no ModuleList"):
         quantize_(model, W4, calibration=tokens)
+
+
+@pytest.mark.parametrize(("windows", "noted"), [(3, True), (12, False)])
+def test_too_few_tokens_for_a_hessian_are_noted(windows, noted):
+    """The widest input has 128 channels; a window has 24 tokens."""
+    report = quantize_(tiny_model("llama"), QuantSpec(4, 32), "gptq", calibration=random_tokens(windows), packed=False)
+    assert [note.startswith("72 calibration tokens for inputs of up to 128") for note in report.notes] == [True] * noted
