@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -278,6 +279,9 @@ def quantize(
     _check_counts(samples, seq_len)
     check_output(out, model, overwrite)
     where = hf.parse_device(device)
+    hf.parse_dtype(dtype)
+    if calibration is not None and Path(calibration).suffix not in (".txt", ".jsonl"):
+        hf.resolve(model, trust_remote_code=trust_remote_code)  # a mistyped model should not cost a data set's download
     started = time.perf_counter()
     text = (
         None

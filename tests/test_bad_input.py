@@ -6,6 +6,7 @@ Every case runs twice: towards a new folder, and with ``--overwrite`` towards a 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -453,3 +454,17 @@ def test_a_failure_in_the_middle_leaves_nothing(refused, model, out, monkeypatch
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     message = refused(arguments(model, out, *CALIBRATED), before_work=False)
     assert "NaN or infinite" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["no/such/model"], "no/such/model"), ([str(BOOKS_4M), "--dtype", "float23"], "float23")],
+)
+def test_a_mistyped_word_is_named_before_a_data_set_is_fetched(arguments, message, tmp_path, capsys, monkeypatch):
+    """With no --calibration the text is wikitext2 from the hub: asking for it would be the first thing to fail."""
+    importlib.import_module("lowbit.quantize")
+    monkeypatch.setattr(
+        sys.modules["lowbit.quantize"], "load_text", lambda *_, **__: pytest.fail("the text was fetched first")
+    )
+    assert main(["quantize", arguments[0], str(tmp_path / "out"), *arguments[1:]]) == 2
+    assert message in capsys.readouterr().err

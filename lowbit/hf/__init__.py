@@ -5,7 +5,7 @@ No other part of lowbit imports transformers.
 
 from .export import checkpoint_names, companion_files, config_dict, dense_tensors, ignore_names
 from .loading import load, load_dense
-from .source import parse_device, resolve
+from .source import parse_device, parse_dtype, resolve
 
 __all__ = [
     "checkpoint_names",
@@ -16,5 +16,6 @@ __all__ = [
     "load",
     "load_dense",
     "parse_device",
+    "parse_dtype",
     "resolve",
 ]
