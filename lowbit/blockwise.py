@@ -32,7 +32,6 @@ __all__ = ["METHODS", "Calibration", "quantize_blocks", "quantize_dense"]
 
 METHODS = ("gptq", "awq", "rtn", "awq+gptq")
 
-_REFERENCE_SHARE = 0.25  # of the batches also run through the original model; eval/results/notes.md has 1/8 and 1
 _TRIM_EVERY = 8  # batches: more often costs page faults, less often memory
 _MEMORY_SHARE = 0.3  # of the free memory that half-done batches may hold before blocks are run anew per stage
 
@@ -108,7 +107,7 @@ def quantize_blocks(
     count = len(inputs.hidden)
     correct = how.correct and "gptq" in how.method
     # Spread over the whole text, and never fewer than two batches' worth.
-    step = max(1, min(round(1 / _REFERENCE_SHARE), count // 2)) if correct else 1
+    step = max(1, min(round(1 / _reference_share(how.spec.bits)), count // 2)) if correct else 1
     reference_batches = range(0, count, step) if correct else range(0)
     own = [h.clone() if i in reference_batches else h[:0] for i, h in enumerate(inputs.hidden)]
     reference = BlockInputs(own, inputs.arguments, inputs.keyword)
@@ -140,10 +139,11 @@ class _BlockWork:
     ) -> None:
         self.block, self.index, self.inputs, self.wanted, self.how = block, index, inputs, wanted, how
         self.reference, self.reference_batches = reference, reference_batches
+        self.last = index == len(inputs.arguments) - 1
         self.store = store
         self.modules = linears(block.module)
         found = linear_groups(block, inputs, index, how.device)
-        kept = [LinearGroup(tuple(n for n in group.names if n in set(wanted))) for group in found]
+        kept = [LinearGroup(tuple(n for n in g.names if n in set(wanted)), g.unread) for g in found]
         self.groups = [group for group in kept if group.names]
         self.notes: dict[str, tuple[str, ...]] = {}
 
@@ -154,15 +154,18 @@ class _BlockWork:
         original = copy.deepcopy(self.block.module) if self.reference_batches else None
         keep = self._fits()
         stops = [group.names[0] for group in self.groups]
-        run = BlockRun(self.block.module, self.inputs, self.index, stops, self.how.device, keep=keep)
+        unread = [group.unread for group in self.groups]
+        device = self.how.device
+        run = BlockRun(self.block.module, self.inputs, self.index, stops, device, keep=keep, unread=unread)
         ref = BlockRun(
             original if original is not None else self.block.module,
             self.reference,
             self.index,
             stops if original is not None else (),
-            self.how.device,
+            device,
             keep=keep,
             batches=self.reference_batches,
+            unread=unread,
         )
         with run, ref:
             for stage, group in enumerate(self.groups):
@@ -178,25 +181,28 @@ class _BlockWork:
             for name in self.wanted:
                 if name not in reached:
                     yield self._unreached(name)
-            run.finish()
-            ref.finish()
+            if not self.last:  # nobody asks for the last block's outputs
+                run.finish()
+                ref.finish()
 
-    def _moments(self, stage: int, run: BlockRun, ref: BlockRun) -> tuple[Tensor, CrossMoment | None]:
+    def _moments(self, stage: int, run: BlockRun, ref: BlockRun | None) -> tuple[Tensor, CrossMoment | None]:
         """H of a stage's inputs over all tokens, and their drift from the original model over the reference's."""
         k = self.modules[self.groups[stage].names[0]].in_features
-        rest = Hessian(k, self.how.device)
-        drift = CrossMoment(k, self.how.device) if self.reference_batches else None
+        total = Hessian(k, self.how.device)
+        drift = CrossMoment(k, self.how.device) if ref is not None and ref.batches else None
         for batch in run.batches:
             x = run.inputs(stage, batch)
-            if drift is not None and batch in self.reference_batches:
-                drift.add(ref.inputs(stage, batch), x)
+            if ref is None or drift is None or batch not in ref.batches:
+                total.add(x)
             else:
-                rest.add(x)
+                drift.add(ref.inputs(stage, batch), x)
+                if stage == len(self.groups) - 1:
+                    ref.finish_batch(batch)  # the original does not wait for this stage's weights
             if batch % _TRIM_EVERY == 0:
                 _return_free_memory()
-        if drift is None:
-            return rest.mean(), None
-        return drift.hessian.merged(rest).mean(), drift
+        if drift is not None:
+            total.merge_(drift.hessian)
+        return total.mean(), drift
 
     def _gptq(self, names: Sequence[str], hessian: Tensor, drift: CrossMoment | None) -> Iterator[LayerRecord]:
         """All linears of a group at once: they share the Hessian, and rows do not see each other."""
@@ -259,10 +265,7 @@ class _BlockWork:
         with BlockRun(block, self.inputs, self.index, stops, self.how.device, keep=self._fits()) as run:
             hessians: dict[str, Tensor] = {}
             for stage, group in enumerate(self.groups):
-                moment = Hessian(self.modules[group.names[0]].in_features, self.how.device)
-                for batch in run.batches:
-                    moment.add(run.inputs(stage, batch))
-                hessians.update(dict.fromkeys(group.names, moment.mean()))
+                hessians.update(dict.fromkeys(group.names, self._moments(stage, run, None)[0]))
         block.float()  # scales are found, tested and applied in float32; the block's own dtype rounds once at the end
         folds = [f for f in resolve(block, self.how.model_type) if all(b in hessians for b in f.balance)]
         good, bad = exact_folds(block, folds, *self._one_sequence())
@@ -295,6 +298,14 @@ class _BlockWork:
         widths = sum(self.modules[g.names[0]].in_features for g in self.groups) + 4 * self.inputs.hidden[0].shape[-1]
         streams = 1 + len(self.reference_batches) / len(self.inputs.hidden)
         return tokens * widths * size * streams < _MEMORY_SHARE * _free_bytes(self.how.device)
+
+
+def _reference_share(bits: int) -> float:
+    """Of the batches, how many also run through the original model: what coarse grids get wrong needs more of them.
+
+    eval/results/notes.md has the KL at 1, 1/4, 1/8 and 1/16.
+    """
+    return 0.25 if bits < 4 else 0.125
 
 
 def _first_sequence(value: Any, batch: int) -> Any:

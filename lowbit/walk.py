@@ -9,13 +9,16 @@ Hessian, and groups come in execution order.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "Block",
@@ -44,9 +47,15 @@ class Block:
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """Names, relative to the block, of linears that read the same tensor, in execution order."""
+    """Linears of a block that read the same tensor.
+
+    Attributes:
+        names: relative to the block, in execution order.
+        unread: names of earlier linears whose inputs nothing reads any more once this group's are known.
+    """
 
     names: tuple[str, ...]
+    unread: frozenset[str] = field(default=frozenset(), compare=False)
 
 
 @dataclass
@@ -124,12 +133,17 @@ def _same(a: Any, b: Any) -> bool:
     return isinstance(a, (int, float, str, bool, type(None))) and type(a) is type(b) and bool(a == b)
 
 
+class _AllCaught(Exception):
+    """The last block was reached: the head, often as costly as a block, need not run."""
+
+
 @torch.no_grad()
 def capture_block_inputs(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Tensor]) -> BlockInputs:
     """Run the model around its blocks and record what each block is called with.
 
-    For the pass every block hands its hidden states through unchanged, so it costs the embeddings and the masks only;
-    a block class is run for real once, to learn whether it returns a tensor or a tuple.
+    For the pass every block hands its hidden states through unchanged, and all batches but the first end at the last
+    block, so it costs the embeddings and the masks only; a block class is run for real once, to learn whether it
+    returns a tensor or a tuple.
 
     Args:
         model: a causal LM, in eval mode, callable as ``model(input_ids, use_cache=False)``.
@@ -156,6 +170,8 @@ def capture_block_inputs(model: nn.Module, blocks: Sequence[Block], batches: Seq
             kind = type(block.module)
             if kind not in as_tuple:
                 as_tuple[kind] = isinstance(original(*args, **kwargs), (tuple, list))
+            if index == len(blocks) - 1 and len(seen) > 1:
+                raise _AllCaught
             return (hidden,) if as_tuple[kind] else hidden
 
         return forward
@@ -165,7 +181,8 @@ def capture_block_inputs(model: nn.Module, blocks: Sequence[Block], batches: Seq
             block.module.forward = recorder(index)
             undo.callback(_restore_forward, block.module)
         for batch in batches:
-            model(batch, use_cache=False)
+            with contextlib.suppress(_AllCaught):
+                model(batch, use_cache=False)
             caught.tokens += batch.numel()
     for block, seen in zip(blocks, caught.arguments, strict=True):
         if len(seen) != len(batches):
@@ -196,6 +213,28 @@ def call_block(module: nn.Module, hidden: Tensor, rest: Args, keyword: bool, dev
     return first_output(output)
 
 
+class _Reads(TorchDispatchMode):
+    """Counts operations and remembers which one was the last to read each storage."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+        self.last: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += 1
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor):
+                self.last[_storage(value)] = self.count
+        return func(*args, **(kwargs or {}))
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
 @torch.no_grad()
 def linear_groups(block: Block, inputs: BlockInputs, index: int, device: torch.device) -> list[LinearGroup]:
     """Which linears of a block read the same tensor, in execution order, found by running it on the first batch.
@@ -206,24 +245,37 @@ def linear_groups(block: Block, inputs: BlockInputs, index: int, device: torch.d
         ValueError: a linear runs more than once in one forward pass of the block.
     """
     groups: dict[tuple[int, ...], list[str]] = {}
-    kept: list[Tensor] = []  # no input may be freed while its address is a key
+    starts: list[int] = []
+    kept: list[Tensor] = []  # no tensor may be freed while its address is a key
     seen: set[str] = set()
+    reads = _Reads()
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def record(_: nn.Module, args: tuple[Any, ...]) -> None:
             if name in seen:
                 raise ValueError(f"{block.name}.{name} runs more than once in one forward pass; leave it out by ignore")
             seen.add(name)
-            kept.append(args[0])
-            groups.setdefault((args[0].data_ptr(), args[0].numel(), args[0]._version), []).append(name)
+            key = (args[0].data_ptr(), args[0].numel(), args[0]._version)
+            if key not in groups:
+                kept.append(args[0])
+                starts.append(reads.count)
+            groups.setdefault(key, []).append(name)
 
         return record
 
     with contextlib.ExitStack() as undo:
         for name, linear in linears(block.module).items():
             undo.callback(linear.register_forward_pre_hook(hook(name)).remove)
+        undo.enter_context(reads)
         call_block(block.module, inputs.hidden[0], inputs.arguments[index][0], inputs.keyword, device)
-    return [LinearGroup(tuple(names)) for names in groups.values()]
+    entered = _storage(inputs.hidden[0])
+    ends = [reads.last[_storage(x)] if _storage(x) != entered else reads.count for x in kept]
+    return [
+        LinearGroup(
+            tuple(names), frozenset().union(*(g for g, end in zip(groups.values(), ends, strict=True) if end <= start))
+        )
+        for names, start in zip(groups.values(), starts, strict=True)
+    ]
 
 
 class BlockRun:
@@ -239,6 +291,8 @@ class BlockRun:
         inputs: as caught by :func:`capture_block_inputs`; :meth:`finish` replaces its hidden states.
         stops: names, relative to the block, of one linear per stage, in execution order.
         batches: which batches to run; all when None.
+        unread: per stage, the :attr:`LinearGroup.unread` of its group: halted frames still refer to those tensors, so
+            with ``keep`` their memory is taken from them. After that the run must be finished, not started again.
     """
 
     def __init__(
@@ -251,11 +305,15 @@ class BlockRun:
         *,
         keep: bool,
         batches: Sequence[int] | None = None,
+        unread: Sequence[Set[str]] = (),
     ) -> None:
         self._module, self._inputs, self._index, self._device, self._keep = module, inputs, index, device, keep
+        self._stops, self._unread = stops, unread if keep else ()
+        self._read: dict[int, dict[str, weakref.ref[Tensor]]] = {}
         self.batches = range(len(inputs.hidden)) if batches is None else batches
         self._halted: dict[int, greenlet] = {}
         self._running: set[greenlet] = set()
+        self._finished: set[int] = set()
         modules = linears(module)
         self._hooks = [modules[name].register_forward_pre_hook(self._hook(i)) for i, name in enumerate(stops)]
 
@@ -282,7 +340,17 @@ class BlockRun:
         hidden, rest = self._inputs.hidden[batch], self._inputs.arguments[self._index][batch]
         run = greenlet(lambda: call_block(self._module, hidden, rest, self._inputs.keyword, self._device))
         self._running.add(run)
+        self._read[batch] = {}
         return run
+
+    def _release(self, stage: int, batch: int, x: Tensor) -> None:
+        """Empty what this batch will not read again; should the trace be wrong, the empty shape fails loudly."""
+        read = self._read[batch]
+        for name in read.keys() & self._unread[stage]:
+            tensor = read.pop(name)()
+            if tensor is not None:
+                tensor.data = tensor.new_empty(0)
+        read[self._stops[stage]] = weakref.ref(x)
 
     def inputs(self, stage: int, batch: int) -> Tensor:
         """Inputs ``(tokens, K)`` of the stage's linears for one batch; stages must be asked for in increasing order."""
@@ -297,6 +365,8 @@ class BlockRun:
                 break
         if self._keep:
             self._halted[batch] = run
+            if self._unread:
+                self._release(reached[0], batch, reached[1])
         else:
             run.throw(GreenletExit)
             self._running.discard(run)
@@ -304,12 +374,18 @@ class BlockRun:
         return x.reshape(-1, x.shape[-1])
 
     def finish(self) -> None:
-        """Run every batch to the block's end and store its outputs as the inputs' hidden states."""
+        """Run every batch not yet finished to the block's end and store its outputs as the inputs' hidden states."""
         for batch in self.batches:
-            run = self._halted.pop(batch) if batch in self._halted else self._start(batch)
-            output = None
-            while not run.dead:
-                output = run.switch()
-            self._running.discard(run)
-            assert isinstance(output, Tensor)
-            self._inputs.hidden[batch].copy_(output)  # in place: new tensors for every block fragment the heap
+            if batch not in self._finished:
+                self.finish_batch(batch)
+
+    def finish_batch(self, batch: int) -> None:
+        """:meth:`finish` for one batch."""
+        run = self._halted.pop(batch) if batch in self._halted else self._start(batch)
+        output = None
+        while not run.dead:
+            output = run.switch()
+        self._running.discard(run)
+        assert isinstance(output, Tensor)
+        self._inputs.hidden[batch].copy_(output)  # in place: new tensors for every block fragment the heap
+        self._finished.add(batch)

@@ -51,9 +51,11 @@ def test_replay_gives_the_models_own_hidden_states(family, keep):
         for hook in hooks:
             hook.remove()
         for index, block in enumerate(blocks):
-            stops = [group.names[0] for group in linear_groups(block, inputs, index, CPU)]
-            with BlockRun(block.module, inputs, index, stops, CPU, keep=keep) as run:
-                run.inputs(0, 0)
+            groups = linear_groups(block, inputs, index, CPU)
+            stops, unread = [group.names[0] for group in groups], [group.unread for group in groups]
+            with BlockRun(block.module, inputs, index, stops, CPU, keep=keep, unread=unread) as run:
+                for stage in range(len(stops)):  # one batch halts everywhere, the others run through
+                    run.inputs(stage, 0)
                 run.finish()
             assert torch.equal(torch.cat(inputs.hidden), expected[index])
 
@@ -95,6 +97,32 @@ def test_linears_that_read_one_tensor_form_one_group_in_execution_order(family):
     blocks, inputs = _blocks_and_inputs(tiny_model(family))
     found = linear_groups(blocks[0], inputs, 0, CPU)
     assert [tuple(sorted(g.names)) for g in found] == [tuple(sorted(names)) for names in GROUPS[family]]
+
+
+def test_the_memory_of_inputs_that_are_read_no_more_is_given_back():
+    """A halted block's frames still refer to them. What a parallel residual reads at the end stays."""
+    blocks, inputs = _blocks_and_inputs(tiny_model("llama"))
+    groups = linear_groups(blocks[0], inputs, 0, CPU)
+    assert [group.unread for group in groups] == [set(), set(LLAMA[0]), {*LLAMA[0], *LLAMA[1]}, set().union(*LLAMA[:3])]
+    stops = [group.names[0] for group in groups]
+    caught = []
+    hook = linears(blocks[0].module)[stops[0]].register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    unread = [group.unread for group in groups]
+    with torch.no_grad(), BlockRun(blocks[0].module, inputs, 0, stops, CPU, keep=True, unread=unread) as run:
+        run.inputs(0, 0)
+        assert caught[0].numel() > 0
+        run.inputs(1, 0)
+        assert caught[0].numel() == 0
+    hook.remove()
+
+
+def test_the_head_runs_for_the_first_batch_only():
+    model = tiny_model("llama")
+    calls = []
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    _, inputs = _blocks_and_inputs(model)
+    assert len(inputs.hidden) == 3
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("keep", [True, False])

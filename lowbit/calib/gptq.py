@@ -15,6 +15,7 @@ E the scaled errors of a block. Differences from algorithm 1, each of which only
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -169,21 +170,28 @@ class _Grid:
         return codes.float().reshape(*self.scale.shape, -1) - self.zero.unsqueeze(-1)
 
 
+def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The first rows of all tensors, then their second rows, ..., as views."""
+    return zip(*(tensor.unbind(0) for tensor in tensors), strict=True)
+
+
 def _round_columns(W: Tensor, grid: _Grid, factor: Factor) -> Tensor:
     """Algorithm 1 of the paper with lazy block updates; returns codes ``(N, K)`` uint8 in original column order."""
-    U, order = factor.upper, factor.order
+    U, order, max_code = factor.upper, factor.order, grid.spec.max_code
     W = W.t()[order].contiguous()  # (K, N): a column of the weight is a contiguous row here
     codes = torch.empty_like(W, dtype=torch.uint8)
     for start in range(0, W.shape[0], _BLOCK):
         block = slice(start, min(start + _BLOCK, W.shape[0]))
         scale, zero = grid.columns(order[block])
         w, u = W[block], U[block, block]
-        E = torch.empty_like(w)
-        for i in range(w.shape[0]):
-            code = (w[i] / scale[i]).add_(zero[i]).round_().clamp_(0, grid.spec.max_code)
-            codes[start + i] = code.to(torch.uint8)
-            E[i] = (w[i] - (code - zero[i]) * scale[i]) / u[i, i]
-            w[i + 1 :].addr_(u[i, i + 1 :], E[i], alpha=-1)
+        E, chosen, diagonal = torch.empty_like(w), torch.empty_like(w), u.diagonal().tolist()
+        # One step is a dozen operations on a row of N numbers: what indexing costs matters.
+        for i, (wi, si, zi, ei, code) in enumerate(_rows(w, scale, zero, E, chosen)):
+            torch.addcdiv(zi, wi, si, out=code).round_().clamp_(0, max_code)
+            torch.sub(code, zi, out=ei).mul_(si)
+            torch.sub(wi, ei, out=ei).div_(diagonal[i])
+            w[i + 1 :].addr_(u[i, i + 1 :], ei, alpha=-1)
+        codes[block] = chosen.to(torch.uint8)
         W[block.stop :].addmm_(U[block, block.stop :].t(), E, alpha=-1)
     unordered = torch.empty_like(codes)
     unordered[order] = codes
@@ -192,7 +200,7 @@ def _round_columns(W: Tensor, grid: _Grid, factor: Factor) -> Tensor:
 
 def _descend(codes: Tensor, W: Tensor, grid: _Grid, factor: Factor, sweeps: int) -> Tensor:
     """Coordinate descent: each code in turn becomes the best one given all others. Never raises the damped loss."""
-    H, order = factor.hessian, factor.order
+    H, order, max_code = factor.hessian, factor.order, grid.spec.max_code
     Q = (grid.steps(codes) * grid.scale.unsqueeze(-1)).reshape(W.shape)
     gradient = ((Q - W) @ H).t().contiguous()  # (K, N), half the gradient of the loss
     codes, Q = codes.t().contiguous(), Q.t().contiguous()
@@ -200,16 +208,15 @@ def _descend(codes: Tensor, W: Tensor, grid: _Grid, factor: Factor, sweeps: int)
         for index in order.split(_DESCENT_BLOCK):
             scale, zero = grid.columns(index)
             h, g, q = H[index][:, index], gradient[index], Q[index]
-            before = q.clone()
-            for i in range(len(index)):
-                best = q[i] - g[i] / h[i, i]
-                code = (best / scale[i]).add_(zero[i]).round_().clamp_(0, grid.spec.max_code)
-                codes[index[i]] = code.to(torch.uint8)
-                moved = (code - zero[i]) * scale[i] - q[i]
-                q[i] += moved
-                g.addr_(h[i], moved)
-            Q[index] = q
-            gradient.addmm_(H[:, index], q - before)
+            steps, chosen, diagonal = torch.empty_like(q), torch.empty_like(q), h.diagonal().tolist()
+            for i, (gi, qi, si, zi, step, code) in enumerate(_rows(g, q, scale, zero, steps, chosen)):
+                torch.add(qi, gi, alpha=-1 / diagonal[i], out=step)  # where the loss of this code alone is least
+                torch.addcdiv(zi, step, si, out=code).round_().clamp_(0, max_code)
+                torch.sub(code, zi, out=step).mul_(si).sub_(qi)
+                g[i + 1 :].addr_(h[i, i + 1 :], step)
+            codes[index] = chosen.to(torch.uint8)
+            Q[index] = q.add_(steps)
+            gradient.addmm_(H[:, index], steps)
     return codes.t().contiguous()
 
 
@@ -238,7 +245,7 @@ def gptq_quantize(
     factor: Factor | None = None,
     target: Tensor | None = None,
     scale_dtype: torch.dtype = torch.float32,
-    rounds: int = 2,
+    rounds: int = 1,
     sweeps: int = 1,
 ) -> GptqResult:
     """Quantize one weight so that the outputs on the calibration inputs change least.

@@ -18,8 +18,8 @@ from ..spec import QuantSpec
 
 __all__ = ["rtn_quantize", "search_grid"]
 
-_SHRINKS = 32
 _SMALLEST_SHRINK = {2: 0.25, 3: 0.35, 4: 0.5, 5: 0.6, 6: 0.7, 8: 0.85}
+_SHRINKS = {2: 16, 3: 16, 4: 16, 5: 32, 6: 32, 8: 32}  # the refits make up for a coarser step where scales are coarse
 _REFITS = 4
 _CHUNK = 1 << 22  # weights searched at a time: bounds the temporaries to a few tens of MB
 
@@ -71,7 +71,8 @@ class _Search:
             self.try_grid(scales, (zeros + shift).clamp(0, self.spec.max_code))
 
     def shrink(self) -> None:
-        for factor in torch.linspace(1.0, _SMALLEST_SHRINK[self.spec.bits], _SHRINKS)[1:].tolist():
+        bits = self.spec.bits
+        for factor in torch.linspace(1.0, _SMALLEST_SHRINK[bits], _SHRINKS[bits])[1:].tolist():
             self.try_zeros_around(self.widest * factor, self.zeros)
 
     def refit(self) -> None:
