@@ -200,6 +200,7 @@ class _BlockWork:
                     ref.finish_batch(batch)  # the original does not wait for this stage's weights
             if batch % _TRIM_EVERY == 0:
                 _return_free_memory()
+        _return_free_memory()
         if drift is not None:
             total.merge_(drift.hessian)
         return total.mean(), drift
