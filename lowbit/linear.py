@@ -1,4 +1,4 @@
-"""QuantLinear: the module that replaces ``torch.nn.Linear`` and keeps its weight packed."""
+"""QuantLinear and Int8Linear: the modules that replace ``torch.nn.Linear`` and keep its weight quantized."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from .affine import QuantizedWeight, dequantize
-from .cpu import DISK, best_layout, from_disk, to_disk
-from .ops import packed_linear
+from .cpu import DISK
+from .int8 import int8_linear, largest_k
+from .ops import CUDA_TILES, best_layout, from_disk, packed_linear, prepare, to_disk
 from .packing import pack_codes, packed_width, unpack_codes
 from .spec import PACKED_BITS, QuantSpec
 
-__all__ = ["QuantLinear"]
+__all__ = ["Int8Linear", "QuantLinear", "linear_class"]
+
+_SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def linear_class(spec: QuantSpec) -> type[QuantLinear] | type[Int8Linear]:
+    """The module for a linear of ``spec``: by whether its activations are quantized."""
+    return QuantLinear if spec.activations is None else Int8Linear
 
 
 class QuantLinear(nn.Module):
@@ -64,12 +72,11 @@ class QuantLinear(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if in_features < 1 or out_features < 1:
-            raise ValueError(f"in_features and out_features must be at least 1, got {in_features} and {out_features}")
+        _check_construction(in_features, out_features, dtype)
         if spec.bits not in PACKED_BITS:
             raise ValueError(f"packed widths are {PACKED_BITS} bits, got {spec}")
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+        if spec.activations is not None:
+            raise ValueError(f"a QuantLinear leaves its activations alone (Int8Linear quantizes them), got {spec}")
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         self._layout, self._repack_on_unpickling = DISK, False
         n, k, groups = out_features, in_features, spec.num_groups(in_features)
@@ -143,8 +150,9 @@ class QuantLinear(nn.Module):
     def repack(self) -> QuantLinear:
         """Put the weight into the layout that this device multiplies fastest with; returns self. Idempotent.
 
-        On CUDA and meta that is the disk layout and nothing moves. On the CPU it is one of lowbit/cpu.py's, where one
-        is known to be faster. Needs memory for one more copy of this layer's packed weight while it runs.
+        On CUDA that is the kernels' for a module in float16 or bfloat16, on the CPU one of lowbit/cpu.py's where one is
+        known to be faster; anything else stays as on disk. Needs memory for one more copy of this layer's packed weight
+        while it runs.
         """
         layout = best_layout(
             self.out_features,
@@ -158,6 +166,8 @@ class QuantLinear(nn.Module):
             tensors = from_disk(*self._disk_tensors(), bits=self.spec.bits, k=self.in_features, layout=layout)
             self._set_tensors(*tensors)
             self._layout = layout
+        if layout == CUDA_TILES:
+            prepare(self.weight_packed.device)
         return self
 
     def extra_repr(self) -> str:
@@ -227,3 +237,155 @@ class QuantLinear(nn.Module):
         if self._repack_on_unpickling:
             self._repack_on_unpickling = False
             self.repack()
+
+
+class Int8Linear(nn.Module):
+    """``y = x @ W.T + bias`` in int8: W8A8. The weight is stored in int8, the input is quantized when it comes.
+
+    Its tensors are named and laid out as in a compressed-tensors ``int-quantized`` checkpoint, in memory too:
+
+    | name              | shape  | dtype   |                                                    |
+    |-------------------|--------|---------|----------------------------------------------------|
+    | weight            | (N, K) | int8    | code - 128 of affine.py's codes                    |
+    | weight_scale      | (N, 1) | `dtype` |                                                    |
+    | weight_zero_point | (N, 1) | int8    | zero - 128; only for an asymmetric spec            |
+    | input_scale       | (1,)   | `dtype` | only for static activations                        |
+    | bias              | (N,)   | `dtype` | only with ``bias=True``                            |
+
+    Numerics are int8.py's: the same integers on every device, exact sums, fp32 scales, one rounding. The gradient with
+    respect to x is the straight-through one.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        spec: 8 bits, whole rows, with an ActivationSpec.
+        bias: whether there is a bias.
+        dtype: of scales and bias: float32, float16 or bfloat16.
+        device: where the (uninitialised) tensors are made; ``"meta"`` is fine.
+
+    Raises:
+        ValueError: a spec without activations, features below 1 or a K whose sums int32 cannot hold, or a dtype that is
+            not one of the three.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    input_scale: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        spec: QuantSpec,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        _check_construction(in_features, out_features, dtype)
+        if spec.activations is None:
+            raise ValueError(f"an Int8Linear needs a spec with activations (QuantLinear does without), got {spec}")
+        if in_features > largest_k(not spec.symmetric):
+            raise ValueError(
+                f"in_features must be at most {largest_k(not spec.symmetric)} (sums are int32), got {in_features}"
+            )
+        self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        n, k = out_features, in_features
+
+        def empty(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
+
+        self.weight = empty(n, k, dtype=torch.int8)
+        self.weight_scale = empty(n, 1, dtype=dtype)
+        self.weight_zero_point = None if spec.symmetric else empty(n, 1, dtype=torch.int8)
+        self.input_scale = None if spec.activations.dynamic else empty(1, dtype=dtype)
+        self.bias = empty(n, dtype=dtype) if bias else None
+
+    @classmethod
+    def from_quantized(
+        cls,
+        qw: QuantizedWeight,
+        bias: Tensor | None = None,
+        *,
+        input_scale: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Int8Linear:
+        """Take over a calibrator's result, on the codes' device.
+
+        Args:
+            qw: the weight, its spec with activations; a copy is made.
+            bias: ``(N,)`` or None.
+            input_scale: one positive element for static activations, None for dynamic ones.
+            dtype: of scales and bias; None keeps the weight scales' own.
+
+        Raises:
+            ValueError: as for the constructor, a bias that is not ``(N,)``, or an input_scale that the spec does not
+                ask for, that is missing, or that is not one finite positive number.
+        """
+        n, k = qw.codes.shape
+        if bias is not None and tuple(bias.shape) != (n,):
+            raise ValueError(f"bias must be {(n,)}, got {tuple(bias.shape)}")
+        dtype = qw.scales.dtype if dtype is None else dtype
+        module = cls(k, n, qw.spec, bias=bias is not None, dtype=dtype, device=qw.codes.device)
+        if (input_scale is None) != (module.input_scale is None):
+            raise ValueError(f"input_scale must be given for static activations only, got {input_scale} for {qw.spec}")
+        if input_scale is not None:
+            kept = input_scale.to(dtype)
+            if input_scale.numel() != 1 or not bool((kept.isfinite() & (kept > 0)).all()):
+                raise ValueError(f"input_scale must be one finite positive number in {dtype}, got {input_scale}")
+        with torch.no_grad():
+            module.weight.copy_(_flip_top_bit(qw.codes).view(torch.int8))
+            module.weight_scale.copy_(qw.scales)
+            if module.weight_zero_point is not None and qw.zeros is not None:
+                module.weight_zero_point.copy_(_flip_top_bit(qw.zeros).view(torch.int8))
+            if module.input_scale is not None and input_scale is not None:
+                module.input_scale.copy_(input_scale.reshape(1))
+            if module.bias is not None and bias is not None:
+                module.bias.copy_(bias)
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x (..., K)`` fp32, fp16 or bf16 -> ``(..., N)`` in x's dtype. ValueError names a shape that is not K."""
+        return int8_linear(x, self.weight, self.weight_scale, self.weight_zero_point, self.input_scale, self.bias)
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """The weight in affine.py's terms: codes ``(N, K)`` and zeros uint8 (new), scales (shared)."""
+        zeros = self.weight_zero_point
+        return QuantizedWeight(
+            _flip_top_bit(self.weight.detach().view(torch.uint8)),
+            self.weight_scale.detach(),
+            None if zeros is None else _flip_top_bit(zeros.detach().view(torch.uint8)),
+            self.spec,
+        )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """``(N, K)`` in ``dtype``: ``(code - zero) * scale`` in float32 (float64 if asked for), rounded once."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return dequantize(self.quantized_weight(), wide).to(dtype)
+
+    def repack(self) -> Int8Linear:
+        """As :meth:`QuantLinear.repack`; the layout on disk is the kernels' own, so nothing moves."""
+        prepare(self.weight.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Sizes, the spec's label, the scales' dtype."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{self.spec.label()}, {str(self.weight_scale.dtype).removeprefix('torch.')}"
+        )
+
+
+def _check_construction(in_features: int, out_features: int, dtype: torch.dtype) -> None:
+    if in_features < 1 or out_features < 1:
+        raise ValueError(f"in_features and out_features must be at least 1, got {in_features} and {out_features}")
+    if dtype not in _SCALE_DTYPES:
+        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+
+
+def _flip_top_bit(codes: Tensor) -> Tensor:
+    """Unsigned codes <-> the bytes of code - 128, both uint8; a copy."""
+    return codes ^ 128

@@ -1,23 +1,29 @@
-"""The torch.library operator behind QuantLinear; the only importer of lowbit_kernels.
+"""The torch.library operator behind QuantLinear; the only importer of lowbit_kernels (int8.py has the other operator).
 
     lowbit::packed_linear(x, weight, scales, zeros?, bias?, bits, group_size, layout) -> x @ W.T + bias
 
 | argument | shape and dtype                                                                    |
 |----------|------------------------------------------------------------------------------------|
 | x        | (..., K) fp32, fp16 or bf16, any strides                                           |
-| weight   | (N, ceil(K*bits/32)) int32 in the "disk" layout, else see the table in cpu.py       |
+| weight   | (N, ceil(K*bits/32)) int32 in the "disk" layout, else see the tables below          |
 | scales   | (N, G) fp32, fp16 or bf16, any strides; G = K / group_size, or 1 for group_size -1  |
-| zeros    | None for a symmetric grid; (ceil(N*bits/32), G) int32 on disk, (N, G) uint8 on CPU  |
+| zeros    | None for a symmetric grid; (ceil(N*bits/32), G) int32 on disk                       |
 | bias     | (N,) fp32, fp16 or bf16, or None                                                   |
 
-CPU: lowbit/cpu.py. CUDA: the Triton kernel for fp16 and bf16; fp32 activations, for which tensor cores have no exact
-product, unpack a chunk of rows at a time and call a dense matmul. Everything accumulates in fp32 and rounds once.
-The weights are frozen: there is a forward pass only, and backward raises an error that says what to do.
+The layouts "cpu_int4" and "cpu_int8" are in cpu.py. The GPU's, lowbit_kernels/layout.py:
+
+| "cuda_tiles" | weight (ceil(N/16), U, 16, 16) int32 | scales (G, N) contiguous | zeros (G, N) uint8 contiguous |
+
+CPU: cpu.py. CUDA: "cuda_tiles" is multiplied by the Triton kernels for fp16 and bf16. fp32 activations, for which
+tensor cores have no exact product, and the disk layout, which no kernel reads, unpack a chunk of rows at a time and
+call a dense matmul. Everything accumulates in fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,10 +33,23 @@ from . import cpu
 from .cpu import CPU_INT4, CPU_INT8, DISK
 from .spec import GROUP_SIZES, PACKED_BITS
 
-__all__ = ["LAYOUTS", "packed_linear"]
+__all__ = [
+    "CUDA_TILES",
+    "LAYOUTS",
+    "aligned_rows",
+    "best_layout",
+    "from_disk",
+    "int8_kernel",
+    "packed_linear",
+    "prepare",
+    "to_disk",
+]
 
-LAYOUTS = (DISK, CPU_INT4, CPU_INT8)
+CUDA_TILES = "cuda_tiles"
+LAYOUTS = (DISK, CPU_INT4, CPU_INT8, CUDA_TILES)
+_CHUNK = 2**24  # weights of the GPU layout unpacked at a time
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 def packed_linear(
@@ -52,8 +71,55 @@ def packed_linear(
     Raises:
         ValueError: a shape, dtype, device, width, group size or layout is not one of the table's.
     """
-    out: Tensor = torch.ops.lowbit.packed_linear(x, weight, scales, zeros, bias, bits, group_size, layout)
+    out: Tensor = torch.ops.lowbit.packed_linear.default(x, weight, scales, zeros, bias, bits, group_size, layout)
     return out
+
+
+def best_layout(n: int, k: int, *, bits: int, symmetric: bool, dtype: torch.dtype, device: torch.device) -> str:
+    """The layout that is fastest to multiply with on ``device``, for scales of ``dtype``.
+
+    On CUDA that is "cuda_tiles" for a 16-bit model wherever the kernels run; a model in fp32 keeps the disk layout.
+    """
+    if device.type == "cuda" and dtype in _HALVES:
+        try:
+            from lowbit_kernels.tiles import MIN_ARCH
+            from lowbit_kernels.weight_only import device_arch
+        except ImportError as error:  # no triton: not on Linux
+            warnings.warn(f"the GPU kernels cannot be imported, layers run unpacked: {error}", stacklevel=2)
+            return DISK
+        if device_arch(device) >= (80 if dtype == torch.bfloat16 else MIN_ARCH):
+            return CUDA_TILES
+    return cpu.best_layout(n, k, bits=bits, symmetric=symmetric, dtype=dtype, device=device)
+
+
+def from_disk(
+    weight: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, k: int, layout: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weight, scales and zeros of the disk layout in ``layout``, on the same device."""
+    if layout == CUDA_TILES:
+        from lowbit_kernels.layout import to_tiles
+
+        return to_tiles(weight, scales, zeros, bits, k)
+    return cpu.from_disk(weight, scales, zeros, bits=bits, k=k, layout=layout)
+
+
+def to_disk(
+    weight: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, k: int, layout: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Inverse of :func:`from_disk`, bit for bit."""
+    if layout == CUDA_TILES:
+        from lowbit_kernels.layout import from_tiles
+
+        return from_tiles(weight, scales, zeros, bits, k)
+    return cpu.to_disk(weight, scales, zeros, bits=bits, k=k, layout=layout)
+
+
+def prepare(device: torch.device) -> None:
+    """Allocate what the kernels share between calls, before a CUDA graph is captured. Does nothing but on CUDA."""
+    if device.type == "cuda":
+        from lowbit_kernels import epilogue
+
+        epilogue.prepare(device)
 
 
 def _check(
@@ -72,13 +138,14 @@ def _check(
         raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {group_size!r}")
     if layout not in LAYOUTS or (layout == CPU_INT4 and bits != 4) or (layout == CPU_INT8 and bits != 8):
         raise ValueError(f"layout must be one of {LAYOUTS} and of the weight's width, got {layout!r} for {bits} bits")
-    if layout != DISK and x.device.type not in ("cpu", "meta"):
+    if layout in (CPU_INT4, CPU_INT8) and x.device.type not in ("cpu", "meta"):
         raise ValueError(f"layout {layout!r} is for the CPU, got x on {x.device}")
     if x.ndim == 0 or x.dtype not in _FLOATS:
         raise ValueError(f"x must be (..., K) in one of {_FLOATS}, got {tuple(x.shape)} {x.dtype}")
     if scales.ndim != 2:
-        raise ValueError(f"scales must be (N, G), got {tuple(scales.shape)}")
-    k, n = x.shape[-1], scales.shape[0]
+        form = "(G, N)" if layout == CUDA_TILES else "(N, G)"
+        raise ValueError(f"scales must be {form}, got {tuple(scales.shape)}")
+    k, n = x.shape[-1], _rows(scales, layout)
     if k == 0 or (group_size != -1 and k % group_size):
         raise ValueError(f"x is (..., {k}), but group_size {group_size} does not divide that K")
     groups = 1 if group_size == -1 else k // group_size
@@ -86,18 +153,28 @@ def _check(
         _check_tensor("weight", weight, (n, k // 2), (torch.uint8,), x)
     elif layout == CPU_INT8:
         _check_tensor("weight", weight, (groups, n, k // groups), (torch.int8,), x)
+    elif layout == CUDA_TILES:
+        from lowbit_kernels.layout import tiles_shape
+
+        _check_tensor("weight", weight, tiles_shape(n, k, bits), (torch.int32,), x)
     else:
         _check_tensor("weight", weight, (n, -(-k * bits // 32)), (torch.int32,), x)
-    _check_tensor("scales", scales, (n, groups), _FLOATS, x)
+    _check_tensor("scales", scales, (groups, n) if layout == CUDA_TILES else (n, groups), _FLOATS, x)
     if zeros is not None:
         if layout == DISK:
             _check_tensor("zeros", zeros, (-(-n * bits // 32), groups), (torch.int32,), x)
         elif layout == CPU_INT4:
             _check_tensor("zeros", zeros, (n, groups), (torch.uint8,), x)
+        elif layout == CUDA_TILES:
+            _check_tensor("zeros", zeros, (groups, n), (torch.uint8,), x)
         else:
             raise ValueError(f"layout {layout!r} holds symmetric weights, got zeros {tuple(zeros.shape)}")
     if bias is not None:
         _check_tensor("bias", bias, (n,), _FLOATS, x)
+
+
+def _rows(scales: Tensor, layout: str) -> int:
+    return scales.shape[1] if layout == CUDA_TILES else scales.shape[0]
 
 
 def _check_tensor(
@@ -122,9 +199,65 @@ def _forward_cpu(
     layout: str,
 ) -> Tensor:
     _check(x, weight, scales, zeros, bias, bits, group_size, layout)
-    flat = x.reshape(-1, x.shape[-1])
-    out = cpu.linear(flat, weight, scales, zeros, bias, bits=bits, group_size=group_size, layout=layout)
-    return out.view(*x.shape[:-1], scales.shape[0])
+    out = _unpacked(x.reshape(-1, x.shape[-1]), weight, scales, zeros, bias, bits, group_size, layout)
+    return out.view(*x.shape[:-1], out.shape[1])
+
+
+def _unpacked(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    layout: str,
+) -> Tensor:
+    """x (M, K) times a weight that is unpacked a chunk of rows at a time, on any device and from any layout."""
+    if layout != CUDA_TILES:
+        return cpu.linear(x, weight, scales, zeros, bias, bits=bits, group_size=group_size, layout=layout)
+    (m, k), n = x.shape, scales.shape[1]
+    out = x.new_empty(m, n)
+    units = max(1, _CHUNK // (16 * k))
+    for a in range(0, weight.shape[0], units):
+        rows = slice(16 * a, 16 * (a + units))
+        part = [t if t is None else t[:, rows].contiguous() for t in (scales, zeros)]
+        assert part[0] is not None
+        disk = to_disk(weight[a : a + units], part[0], part[1], bits=bits, k=k, layout=CUDA_TILES)
+        of_rows = None if bias is None else bias[rows]
+        out[:, rows] = cpu.linear(x, *disk, of_rows, bits=bits, group_size=group_size, layout=DISK)
+    return out
+
+
+@functools.cache
+def _weight_only_matmul() -> Callable[..., Tensor]:
+    from lowbit_kernels.weight_only import weight_only_matmul  # needs triton, which some machines do not have
+
+    return weight_only_matmul
+
+
+@functools.cache
+def int8_kernel() -> Callable[..., Tensor]:
+    """``lowbit_kernels.int8.int8_linear``, imported when it is first needed."""
+    from lowbit_kernels.int8 import int8_linear
+
+    return int8_linear
+
+
+@functools.cache
+def _warn_of_the_disk_layout() -> None:
+    warnings.warn(
+        "a packed weight in the disk layout is unpacked for every call on CUDA; QuantLinear.repack() (or lowbit.load) "
+        "puts it into the layout that the kernels read",
+        stacklevel=2,
+    )
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """x as ``(M, K)``, contiguous and aligned as the kernels read it; x itself where it is so already."""
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    flat = flat.contiguous()
+    return flat.clone() if flat.data_ptr() % 16 else flat
 
 
 def _forward_cuda(
@@ -137,15 +270,15 @@ def _forward_cuda(
     group_size: int,
     layout: str,
 ) -> Tensor:
+    if layout == CUDA_TILES and x.dtype in _HALVES and x.ndim and scales.ndim == 2:  # the kernels check the rest
+        flat, n = aligned_rows(x), scales.shape[1]
+        out = _weight_only_matmul()(flat, weight, scales, zeros, bias, bits=bits, group_size=group_size, n=n)
+        return out if x.ndim == 2 else out.view(*x.shape[:-1], n)
     _check(x, weight, scales, zeros, bias, bits, group_size, layout)
-    flat = x.reshape(-1, x.shape[-1])
-    if x.dtype == torch.float32:
-        out = cpu.linear(flat, weight, scales, zeros, bias, bits=bits, group_size=group_size, layout=layout)
-    else:
-        from lowbit_kernels import packed_matmul  # needs triton, which a machine without a GPU may not have
-
-        out = packed_matmul(flat, weight, scales, zeros, bias, bits=bits, group_size=group_size)
-    return out.view(*x.shape[:-1], scales.shape[0])
+    if layout == DISK and x.dtype in _HALVES:
+        _warn_of_the_disk_layout()
+    out = _unpacked(x.reshape(-1, x.shape[-1]), weight, scales, zeros, bias, bits, group_size, layout)
+    return out.view(*x.shape[:-1], out.shape[1])
 
 
 def _fake(
@@ -159,7 +292,7 @@ def _fake(
     layout: str,
 ) -> Tensor:
     _check(x, weight, scales, zeros, bias, bits, group_size, layout)
-    return x.new_empty(*x.shape[:-1], scales.shape[0])
+    return x.new_empty(*x.shape[:-1], _rows(scales, layout))
 
 
 def _save_shape(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from helpers import assert_close, random_quantized, tolerance
+from lowbit import linear
 from lowbit.affine import QuantizedWeight, dequantize
 from lowbit.cpu import DISK
 from lowbit.linear import QuantLinear
+from lowbit.ops import CUDA_TILES
 from lowbit.packing import pack_codes
 from lowbit.spec import QuantSpec
 
@@ -87,8 +89,15 @@ def test_quantized_weight_and_dequantize_give_back_what_went_in(spec):
         assert torch.equal(m.dequantize(torch.bfloat16), dequantize(qw, torch.float32).to(torch.bfloat16))
 
 
+@pytest.fixture(params=["the CPU's layout", "the GPU's layout"])
+def chosen_layout(request, monkeypatch):
+    """What repack() chooses. The GPU's layout is a permutation that any device can do and undo."""
+    if request.param == "the GPU's layout":
+        monkeypatch.setattr(linear, "best_layout", lambda n, k, **_: CUDA_TILES)
+
+
 @by_spec
-def test_repacking_never_shows(spec):
+def test_repacking_never_shows(spec, chosen_layout):
     """state_dict, deepcopy, pickle, load_state_dict, to: the disk layout, bit for bit, and repacked again after."""
     _, module = make(spec)
     expected, x = snapshot(module), torch.randn(3, K).to(torch.bfloat16)
@@ -106,7 +115,22 @@ def test_repacking_never_shows(spec):
         assert module._layout == layout and torch.equal(module(x), out)
 
 
-def test_a_pickle_holds_the_disk_layout():
+@pytest.mark.parametrize("shape", [(1, 1), (7, 13), (17, 130), (40, 300)], ids=str)
+@pytest.mark.parametrize("spec", [s for s in SPECS if s.group_size == -1] + [QuantSpec(4, -1, True), QuantSpec(2, -1)],
+                         ids=QuantSpec.label)  # fmt: skip
+def test_the_gpus_layout_takes_any_shape(spec, shape, monkeypatch):
+    monkeypatch.setattr(linear, "best_layout", lambda n, k, **_: CUDA_TILES)
+    n, k = shape
+    qw, module = make(spec, n=n, k=k)
+    expected, x = snapshot(module), torch.randn(2, k).to(torch.bfloat16)
+    assert module.repack()._layout == CUDA_TILES and module.weight_packed.ndim == 4
+    assert_same_state(module.state_dict(), expected)
+    assert torch.equal(module.quantized_weight().codes, qw.codes)
+    reference = x.double() @ dequantize(qw, torch.float64).t() + module.bias.double()
+    assert_close(module(x), reference, **tolerance(torch.bfloat16, roundings=3, k=k))
+
+
+def test_a_pickle_holds_the_disk_layout(chosen_layout):
     """Another machine's CPU may know another int4 layout, or none."""
     _, module = make(QuantSpec(4, 64, False))
     expected = snapshot(module)

@@ -1,17 +1,24 @@
 """lowbit::packed_linear: results against float64 in every dtype and layout, its registration, and its errors."""
 
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
 from helpers import MATMUL_CASES, Case, assert_close, random_quantized, tolerance
-from lowbit import cpu
+from lowbit import cpu, ops
 from lowbit.affine import QuantizedWeight, dequantize
-from lowbit.cpu import CPU_INT4, CPU_INT8, DISK, best_layout, from_disk, to_disk
-from lowbit.ops import packed_linear
+from lowbit.cpu import CPU_INT4, CPU_INT8, DISK
+from lowbit.ops import CUDA_TILES, best_layout, from_disk, packed_linear, to_disk
 from lowbit.packing import pack_codes
 from lowbit.spec import QuantSpec
+
+# the disk layout on CUDA is right, and says that it is slow
+pytestmark = pytest.mark.filterwarnings("ignore:a packed weight in the disk layout is unpacked:UserWarning")
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 # Shapes that fill the blocks of aten's layouts, each from one token to past the switch to the chunked matmul.
@@ -78,6 +85,18 @@ def test_matches_float64_in_the_cpu_layouts(case, dtype):
     assert_close(out, product(x, qw, bias), **tolerance(dtype, roundings=2 + (layout == CPU_INT8), k=case.k))
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("case", MATMUL_CASES, ids=str)
+def test_matches_float64_in_the_gpu_layout(case, dtype, device, monkeypatch):
+    """The kernels on CUDA; for fp32 there, and for every dtype on the CPU, unpacked in chunks, here of a few rows."""
+    monkeypatch.setattr(ops, "_CHUNK", 48 * case.k)
+    x, qw, bias = arguments(case, dtype, device)
+    tensors = from_disk(*disk_tensors(qw), bits=case.bits, k=case.k, layout=CUDA_TILES)
+    out = packed_linear(x, *tensors, bias, bits=case.bits, group_size=case.group_size, layout=CUDA_TILES)
+    assert out.dtype == dtype and out.device.type == device.type
+    assert_close(out, product(x, qw, bias), **tolerance(dtype, roundings=2, k=case.k))
+
+
 def test_a_mean_in_x_costs_no_accuracy():
     """(8 - zero) * scale is no bf16 number; rounding it would shift whole groups, which a mean in x adds up.
 
@@ -107,10 +126,39 @@ def test_float32_is_exact_to_float32(device):
 @pytest.mark.parametrize("case", [c for c in REPACKED_CASES if c.m == 1], ids=str)
 def test_layouts_are_undone_bit_for_bit(case):
     qw = random_quantized(case.n, case.k, case.spec, torch.bfloat16)
-    disk, layout = disk_tensors(qw), has_layout(case, torch.bfloat16)
-    back = to_disk(*from_disk(*disk, bits=case.bits, k=case.k, layout=layout), bits=case.bits, k=case.k, layout=layout)
-    for a, b in zip(disk, back, strict=True):
-        assert (a is None) == (b is None) and (a is None or (torch.equal(a, b) and b.is_contiguous()))
+    disk = disk_tensors(qw)
+    for layout in {has_layout(case, torch.bfloat16), CUDA_TILES}:
+        moved = from_disk(*disk, bits=case.bits, k=case.k, layout=layout)
+        back = to_disk(*moved, bits=case.bits, k=case.k, layout=layout)
+        for a, b in zip(disk, back, strict=True):
+            assert (a is None) == (b is None) and (a is None or (torch.equal(a, b) and b.is_contiguous()))
+
+
+def test_the_gpu_layout_needs_no_triton():
+    code = """
+import sys
+sys.modules["triton"] = None  # importing it raises
+import torch
+from lowbit.ops import CUDA_TILES, from_disk, to_disk
+words = torch.arange(40, dtype=torch.int32).view(5, 8)
+moved = from_disk(words, torch.ones(5, 2), None, bits=4, k=64, layout=CUDA_TILES)
+assert moved[0].shape == (1, 1, 16, 16) and moved[1].shape == (2, 5)
+assert torch.equal(to_disk(*moved, bits=4, k=64, layout=CUDA_TILES)[0], words)
+"""
+    root = Path(__file__).parent.parent
+    env = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_gpu_takes_its_layout_for_16_bit_models_where_the_kernels_run(monkeypatch):
+    weight_only = pytest.importorskip("lowbit_kernels.weight_only")
+    cuda = torch.device("cuda", 0)
+    for arch, dtypes in ((90, {torch.float16, torch.bfloat16}), (75, {torch.float16}), (70, set())):
+        monkeypatch.setattr(weight_only, "device_arch", lambda device, arch=arch: arch)
+        for dtype in FLOATS:
+            layout = best_layout(64, 64, bits=2, symmetric=False, dtype=dtype, device=cuda)
+            assert layout == (CUDA_TILES if dtype in dtypes else DISK), (arch, dtype)
 
 
 def test_an_unknown_int4_layout_stays_on_disk_and_says_so_once(monkeypatch):
@@ -157,10 +205,10 @@ def test_opcheck(case, dtype, device):
     if device.type == "cuda" and dtype == torch.float32:
         dtype = torch.float16
     x, qw, bias = arguments(case, dtype, device)
-    layout = has_layout(case, dtype) if device.type == "cpu" else DISK
-    tensors = from_disk(*disk_tensors(qw), bits=case.bits, k=case.k, layout=layout)
-    args = (x, *tensors, bias, case.bits, case.group_size, layout)
-    torch.library.opcheck(torch.ops.lowbit.packed_linear.default, args)
+    for layout in {has_layout(case, dtype) if device.type == "cpu" else DISK, CUDA_TILES}:
+        tensors = from_disk(*disk_tensors(qw), bits=case.bits, k=case.k, layout=layout)
+        args = (x, *tensors, bias, case.bits, case.group_size, layout)
+        torch.library.opcheck(torch.ops.lowbit.packed_linear.default, args)
 
 
 def test_backward_says_what_to_do():
@@ -182,6 +230,9 @@ GOOD = {
 }
 
 
+TILES = {"layout": CUDA_TILES, "weight": torch.zeros(1, 1, 16, 16, dtype=torch.int32), "scales": torch.ones(3, 8)}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -191,6 +242,10 @@ GOOD = {
         ({"layout": "fast"}, r"layout must be one of .* got 'fast'"),
         ({"layout": CPU_INT8}, "got 'cpu_int8' for 4 bits"),
         ({"layout": CPU_INT4}, r"weight must be \(8, 48\)"),
+        ({"layout": CUDA_TILES}, r"weight must be \(1, 1, 16, 16\) for x \(2, 96\), got \(8, 12\)"),
+        ({"layout": CUDA_TILES, "scales": torch.ones(8)}, r"scales must be \(G, N\), got \(8,\)"),
+        ({**TILES, "scales": torch.ones(2, 8)}, r"scales must be \(3, 8\)"),
+        ({**TILES, "zeros": torch.zeros(1, 3, dtype=torch.int32)}, r"zeros must be \(3, 8\)"),
         ({"x": torch.zeros(2, 96, dtype=torch.float64)}, r"x must be .* got \(2, 96\) torch.float64"),
         ({"x": torch.tensor(1.0)}, r"x must be \(..., K\)"),
         ({"x": torch.zeros(2, 128)}, r"weight must be \(8, 16\) for x \(2, 128\), got \(8, 12\)"),

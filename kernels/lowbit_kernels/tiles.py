@@ -1,74 +1,173 @@
-"""Which tile a matmul runs with: a frozen dataclass, one predicate that says what is allowed, one pure choice.
+"""Which tile a matmul may run with: a problem, a tile, what an architecture offers, and one predicate over the three.
 
-No measurement stands behind the table yet: it holds tiles that compile without spills and fit the smallest shared
-memory of the supported GPUs (kernels/README.md has the figures).
+Everything here is a pure function of small frozen values; nothing asks the GPU. Which of the tiles that fit is the
+fastest is measured and kept elsewhere (dispatch.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
-__all__ = ["SHARED_LIMIT", "Tile", "fits", "pick_tile", "shared_bytes"]
+import torch
 
-SHARED_LIMIT = 101_376
-"""Bytes of shared memory that one program may use on sm_86, 89 and 120; sm_80 has 166912, sm_90 and 100 have 232448."""
+from .hopper_plan import gluon_shared_bytes, gluon_why_not
+
+__all__ = [
+    "BITS",
+    "FAMILIES",
+    "GROUPS",
+    "MAX_SPLIT_TILES",
+    "MIN_ARCH",
+    "Problem",
+    "Tile",
+    "cdiv",
+    "fits",
+    "run_columns",
+    "shared_bytes",
+    "shared_limit",
+    "step_columns",
+    "why_not",
+]
+
+BITS = (2, 4, 8)
+GROUPS = (32, 64, 128, -1)
+FAMILIES = ("triton", "gluon", "dequant")
+"""``triton``: mma.sync or wgmma through tl.dot, every architecture. ``gluon``: sm_90 only. ``dequant``: cuBLAS."""
+MAX_SPLIT_TILES = 1 << 16
+"""Output tiles that may be split along K: each takes a counter, of which a device has a fixed number (epilogue.py)."""
+MIN_ARCH = 75
+"""Triton 3.6 compiles for sm_75, though without its tensor cores: ``dequant`` is the family for it. bf16: sm_80."""
+
+_SHARED = {
+    75: 65_536,
+    80: 166_912,
+    86: 101_376,
+    87: 166_912,
+    89: 101_376,
+    90: 232_448,
+    100: 232_448,
+    101: 232_448,
+    103: 232_448,
+    110: 232_448,
+    120: 101_376,
+    121: 101_376,
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """``out (m, n) = x (m, k) @ W.T`` with W packed to ``bits`` in groups of ``group_size`` columns (-1: whole row).
+
+    Attributes:
+        dtype: of x and the result: float16 or bfloat16 (float32 only in Triton's interpreter).
+        asymmetric: whether there are zeros.
+    """
+
+    m: int
+    n: int
+    k: int
+    bits: int
+    group_size: int
+    dtype: torch.dtype
+    asymmetric: bool = False
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One program's share of ``out (M, N)`` and how it walks along K.
+    """One program's share of ``out`` and how it walks along K.
 
     Attributes:
-        block_m: tokens, a power of two of at least 16.
-        block_n: weight rows, a power of two of at least 16.
-        block_k: columns per step, a power of two of at least 32 that divides the group.
-        num_warps: 4 or 8.
-        num_stages: steps whose loads are in flight, at least 1.
+        family: one of FAMILIES.
+        block_m: tokens: a power of two of at least 8. For ``dequant`` without meaning (1).
+        block_n: weight rows: a power of two of at least 16.
+        split_k: programs that share the columns of one (block_m, block_n) tile; 1: no workspace.
+        num_warps: 1, 2, 4 or 8.
+        num_stages: steps along K whose loads are in flight, at least 1.
     """
 
+    family: str
     block_m: int
     block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
+    split_k: int = 1
+    num_warps: int = 4
+    num_stages: int = 4
 
 
-def shared_bytes(tile: Tile, bits: int) -> int:
-    """Upper bound on shared memory: x and words once per stage, the unpacked tile and the transposed result once."""
-    x = tile.block_m * tile.block_k * 2
-    words = tile.block_n * tile.block_k * bits // 8
-    unpacked = tile.block_n * tile.block_k * 2
-    result = tile.block_m * tile.block_n * 4
-    return max(tile.num_stages * (x + words) + unpacked, result)
+def cdiv(a: int, b: int) -> int:
+    """``ceil(a / b)`` of integers."""
+    return -(-a // b)
 
 
-def fits(tile: Tile, bits: int, group_size: int) -> bool:
-    """Whether ``tile`` can run a weight of ``bits`` bits in groups of ``group_size`` (-1: whole row) on every GPU."""
-    powers = all(v > 0 and v & (v - 1) == 0 for v in (tile.block_m, tile.block_n, tile.block_k))
-    return (
-        powers
-        and min(tile.block_m, tile.block_n) >= 16
-        and tile.block_k >= 32
-        and (group_size == -1 or group_size % tile.block_k == 0)
-        and tile.num_warps in (4, 8)
-        and tile.num_stages >= 1
-        and shared_bytes(tile, bits) <= SHARED_LIMIT
-    )
+def step_columns(bits: int) -> int:
+    """Columns of one step of the ``triton`` family, one unit of the layout: 256, 128 or 64 at 2, 4 or 8 bits."""
+    return 512 // bits
 
 
-def pick_tile(m: int, n: int, k: int, bits: int, group_size: int) -> Tile:
-    """Tile for ``out (m, n) = x (m, k) @ W.T``; the same arguments always give the same tile.
+def run_columns(bits: int, group_size: int) -> int:
+    """Columns of one dot product: they share a scale and lie in one unit, and are at most 128."""
+    return min(step_columns(bits), 128 if group_size == -1 else group_size)
 
-    Few tokens take narrow token tiles and few weight rows per program, so that more programs read weights at once.
+
+def shared_limit(arch: int) -> int:
+    """Bytes of shared memory that one program may use on ``arch`` (90 for sm_90).
+
+    An architecture that is not in the table is taken for the smallest of its generation or, past the table, of all.
     """
-    block_k = min(128, 2 ** max(5, (k - 1).bit_length())) if group_size == -1 else min(128, group_size)
-    if m <= 16:
-        tile = Tile(16, 32 if n <= 8192 else 64, block_k, 4, 4)
-    elif m <= 32:
-        tile = Tile(32, 64, block_k, 4, 3)
-    elif m <= 128:
-        tile = Tile(64, 64, block_k, 4, 3)
-    else:
-        tile = Tile(64, 128, min(block_k, 64), 8, 3)
-    assert fits(tile, bits, group_size), f"{tile} does not fit {bits} bits in groups of {group_size}"
-    return tile
+    if arch in _SHARED:
+        return _SHARED[arch]
+    return min((limit for known, limit in _SHARED.items() if known // 10 == arch // 10), default=65_536)
+
+
+def shared_bytes(tile: Tile, problem: Problem) -> int:
+    """Upper bound on shared memory: x and words once per stage, and the result on its way to rows of tokens.
+
+    sm_90 multiplies out of the stage that was loaded last and so needs one more than it has in flight.
+    """
+    if tile.family == "dequant":
+        return 0
+    if tile.family == "gluon":
+        return gluon_shared_bytes(tile, problem)
+    columns = step_columns(problem.bits)
+    itemsize = max(2, problem.dtype.itemsize)
+    x = tile.block_m * columns * itemsize
+    words = tile.block_n * columns * problem.bits // 8
+    result = tile.block_m * tile.block_n * 4
+    return max((tile.num_stages + 1) * (x + words), result) + 1024
+
+
+@lru_cache(maxsize=8192)  # a launch asks every time
+def why_not(tile: Tile, problem: Problem, arch: int) -> str | None:
+    """Why ``tile`` cannot run ``problem`` on ``arch``, or None when it can."""
+    if tile.family not in FAMILIES:
+        return f"family must be one of {FAMILIES}, got {tile.family!r}"
+    if arch < MIN_ARCH or (problem.dtype == torch.bfloat16 and arch < 80):
+        return f"sm_{arch} has no tensor-core instruction for {problem.dtype} (float16 from sm_75, bfloat16 from sm_80)"
+    if problem.bits not in BITS or problem.group_size not in GROUPS:
+        return f"bits must be one of {BITS} and group_size one of {GROUPS}, got {problem.bits} and {problem.group_size}"
+    if tile.family == "dequant":
+        return None
+    if tile.family == "gluon" and arch != 90:
+        return f"the gluon family is written for sm_90, not sm_{arch}"
+    if tile.family == "gluon":
+        return gluon_why_not(tile, problem)
+    powers = {"block_m": (tile.block_m, 8), "block_n": (tile.block_n, 16), "num_warps": (tile.num_warps, 1)}
+    for name, (value, least) in powers.items():
+        if value < least or value & (value - 1):
+            return f"{name} must be a power of two of at least {least}, got {value}"
+    if tile.num_warps > 8 or tile.num_stages < 1:
+        return f"num_warps must be at most 8 and num_stages at least 1, got {tile.num_warps} and {tile.num_stages}"
+    steps = cdiv(problem.k, step_columns(problem.bits))
+    if not 1 <= tile.split_k <= max(1, steps):
+        return f"split_k must be between 1 and the {steps} steps along K = {problem.k}, got {tile.split_k}"
+    count = cdiv(problem.m, tile.block_m) * cdiv(problem.n, tile.block_n)
+    if tile.split_k > 1 and count > MAX_SPLIT_TILES:
+        return f"split_k must be 1 for more than {MAX_SPLIT_TILES} output tiles, there are {count}"
+    if shared_bytes(tile, problem) > shared_limit(arch):
+        return f"{shared_bytes(tile, problem)} bytes of shared memory, sm_{arch} has {shared_limit(arch)}"
+    return None
+
+
+def fits(tile: Tile, problem: Problem, arch: int) -> bool:
+    """Whether ``tile`` can run ``problem`` on ``arch`` (90 for sm_90)."""
+    return why_not(tile, problem, arch) is None

@@ -1,0 +1,126 @@
+"""Checks that need a GPU: CUDA graphs, torch.compile, tensors of more than 2**31 elements, the sanitizer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from check_layers import random_packed, reference, relative_rms
+
+__all__ = ["captured", "compiled_fullgraph", "far_offsets", "sanitize", "sanitized_launches"]
+
+SANITIZE_S = 100
+
+
+class _Wrong(AssertionError):
+    pass
+
+
+def captured(device: torch.device, dtype: torch.dtype) -> float:
+    """A captured call gives the same bits as a plain one, on replay after replay and with new input."""
+    worst = 0.0
+    for m, split in ((1, None), (64, None), (1000, None)):
+        packed = random_packed(4096, 4096, 4, 128, dtype, device, asymmetric=True)
+        x = torch.randn(m, 4096, device=device).to(dtype)
+        packed(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = packed(x)
+        for _ in range(3):
+            x.normal_()
+            out.fill_(float("nan"))
+            graph.replay()
+            if not torch.equal(out, packed(x)):
+                raise _Wrong(f"M = {m}, split {split}: a replayed graph gave other bits than the call")
+        worst = max(worst, relative_rms(out, reference(x, packed)))
+    return worst
+
+
+def compiled_fullgraph(device: torch.device, dtype: torch.dtype) -> float:
+    """A module of QuantLinears compiles without a graph break and gives what it gives eagerly."""
+    from lowbit.affine import QuantizedWeight
+    from lowbit.linear import QuantLinear
+    from lowbit.spec import QuantSpec
+
+    def linear(n: int, k: int) -> QuantLinear:
+        codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+        scales = (0.005 + 0.01 * torch.rand(n, k // 128)).to(dtype)
+        return (
+            QuantLinear.from_quantized(QuantizedWeight(codes, scales, None, QuantSpec(4, 128, True)))
+            .to(device)
+            .repack()
+        )
+
+    model = torch.nn.Sequential(linear(1024, 512), torch.nn.GELU(), linear(512, 1024))
+    compiled = torch.compile(model, fullgraph=True)
+    worst = 0.0
+    with torch.inference_mode():
+        for m in (1, 16, 33):
+            x = torch.randn(m, 512, device=device).to(dtype)
+            expected = model(x).double()
+            error = relative_rms(compiled(x), expected)
+            if not error <= 1e-2:  # the compiler may keep GELU's result wider than its eager kernel does
+                raise _Wrong(f"M = {m}: the compiled model differs from the eager one by {error:.2e}")
+            worst = max(worst, error)
+    return worst
+
+
+def far_offsets(device: torch.device, dtype: torch.dtype) -> float:
+    """Rows of x and of the result that lie more than 2**31 elements in."""
+    m, n, k = 70_001, 32_768, 64
+    needed = 3 * m * n * 2
+    if torch.cuda.mem_get_info()[0] < needed:
+        raise MemoryError(f"needs {needed / 2**30:.0f} GiB of free GPU memory: not checked")
+    packed = random_packed(n, k, 4, 64, dtype, device)
+    x = torch.randn(m, k, device=device).to(dtype)
+    out = packed(x)
+    error = relative_rms(out[-7:], reference(x[-7:], packed))
+    if not error <= 2e-3:
+        raise _Wrong(f"the last rows of a result of {m * n} elements are off by {error:.2e}")
+    return error
+
+
+def sanitize(tool: str) -> str:
+    """Run small launches under compute-sanitizer; a sentence about the outcome. Raises when it reports an error."""
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        return "compute-sanitizer is not installed: not run"
+    main = Path(__file__).with_name("check_main.py")
+    command = [program, "--tool", tool, "--error-exitcode", "66", sys.executable, str(main), "--sanitized-launches"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SANITIZE_S, env=os.environ.copy())
+    except subprocess.TimeoutExpired:
+        return f"{tool}: not finished in {SANITIZE_S} s"
+    text = done.stdout + done.stderr
+    if done.returncode == 66 or ("ERROR SUMMARY: 0 errors" not in text and "ERROR SUMMARY" in text):
+        raise _Wrong(f"compute-sanitizer {tool}: {text[-1500:]}")
+    if done.returncode != 0:
+        return f"{tool}: could not run here (exit {done.returncode}): {text.strip()[-200:]}"
+    return f"{tool}: no errors"
+
+
+def sanitized_launches() -> int:
+    """What runs under the sanitizer: every family on one small, odd shape."""
+    from check_correct import family_tile
+
+    device = torch.device("cuda")
+    major, minor = torch.cuda.get_device_capability()
+    arch, launched = 10 * major + minor, 0
+    for bits, asymmetric in ((4, True), (8, False)):
+        packed = random_packed(200, 512, bits, 128, torch.float16, device, asymmetric=asymmetric)
+        for family in ("triton", "gluon", "dequant"):
+            if family == "gluon" and major != 9:
+                continue
+            for m in (1, 20):
+                tile = family_tile(family, packed.problem(m), arch)
+                if tile is not None:
+                    packed(torch.randn(m, 512, device=device).half(), tile=tile)
+                    launched += 1
+    torch.cuda.synchronize()
+    print(f"{launched} launches")
+    return 0

@@ -1,0 +1,211 @@
+"""The measurements: for each linear and number of tokens, lowbit's kernels, cuBLAS in bf16 and the peers in turn.
+
+Every contestant runs in a CUDA graph that rotates over more than 128 MiB of its own weights, so that the L2 never holds
+what the next call reads. lowbit's result on the measured weight is compared with float64 in the same case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from check_correct import LIMITS, ROUNDED_WEIGHTS, CheckFailed, family_tile
+from check_device import clocks
+from check_layers import LAYERS, Linear, Packed, dense_weight, random_packed, reference, relative_rms
+from check_peers import PEERS, Unavailable
+from check_stats import copies_for, interleaved
+from check_time import GraphTimer
+from torch import Tensor
+
+from lowbit_kernels.dispatch import choose
+from lowbit_kernels.tiles import Problem, Tile
+
+__all__ = ["MODES", "TOKENS", "Point", "free_memory", "measure", "points", "work_of_points"]
+
+MODES = ("w4a16", "w8a16", "w8a8")
+TOKENS = (1, 16, 64, 256, 4096)
+GROUP = {"w4a16": 128, "w8a16": 128}
+ROUNDS = 7
+DTYPE = torch.bfloat16
+DEVICE = torch.device("cuda")
+CHECKED_TOKENS = 8
+"""Rows of the result that are compared with float64 in a measured case."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One case: a mode, a layer's linear, a number of tokens."""
+
+    mode: str
+    layer: str
+    linear: Linear
+    m: int
+
+    @property
+    def case(self) -> str:
+        """Its name in the records."""
+        return f"{self.mode} {self.layer} {self.linear.name} M={self.m}"
+
+
+def points(modes: tuple[str, ...] = MODES, tokens: tuple[int, ...] = TOKENS) -> Iterator[Point]:
+    """Every case: what matters most first, should time run out."""
+    for mode in modes:
+        for layer in ("70b", "8b"):
+            for m in tokens:
+                for linear in LAYERS[layer]:
+                    yield Point(mode, layer, linear, m)
+
+
+def measure(point: Point, arch: int, gpu: str, peers: tuple[str, ...], say: Callable[[str], None]) -> dict[str, Any]:
+    """Measure one case; the record's content. CheckFailed when a lowbit result is wrong."""
+    torch.manual_seed(point.linear.n * 31 + point.linear.k)
+    n, k, m = point.linear.n, point.linear.k, point.m
+    x = torch.randn(m, k, device=DEVICE).to(DTYPE)
+    if point.mode == "w8a8":
+        runs, tiles, errors, moved = _int8_contestants(x, n, k)
+    else:
+        runs, tiles, errors, moved = _weight_only_contestants(point, x, arch, gpu, peers, say)
+    timers: dict[str, Callable[[], float]] = {name: GraphTimer(calls) for name, calls in runs.items()}
+    timings = interleaved(timers, ROUNDS)
+    return {
+        "mode": point.mode,
+        "layer": point.layer,
+        "linear": point.linear.name,
+        "m": m,
+        "n": n,
+        "k": k,
+        "bytes": moved + 2 * m * (n + k),
+        "flops": 2 * m * n * k,
+        "seconds": {name: timing.median for name, timing in timings.items()},
+        "spread": {name: f"{timing.low * 1e6:.2f}..{timing.high * 1e6:.2f}" for name, timing in timings.items()},
+        "tiles": tiles,
+        "errors": errors,
+        "rounds": ROUNDS,
+        "clocks": clocks(),
+    }
+
+
+def work_of_points(modes: Iterable[str], arch: int, gpu: str) -> Iterator[tuple[Problem, Tile]]:
+    """Problem and tile of every lowbit launch in the weight-only modes, to compile them ahead."""
+    for point in points(tuple(mode for mode in modes if mode in GROUP)):
+        bits = 4 if point.mode == "w4a16" else 8
+        problem = Problem(point.m, point.linear.n, point.linear.k, bits, GROUP[point.mode], DTYPE)
+        for tile in _lowbit_tiles(problem, arch, gpu).values():
+            yield problem, tile
+
+
+Contestants = tuple[dict[str, list[Callable[[], object]]], dict[str, str], dict[str, float], int]
+
+
+def _weight_only_contestants(
+    point: Point, x: Tensor, arch: int, gpu: str, peers: tuple[str, ...], say: Callable[[str], None]
+) -> Contestants:
+    bits, n, k = (4 if point.mode == "w4a16" else 8), point.linear.n, point.linear.k
+    group, device = GROUP[point.mode], DEVICE
+    problem = Problem(point.m, n, k, bits, group, DTYPE)
+    first = random_packed(n, k, bits, group, DTYPE, device)
+    weights = [first]
+    for _ in range(copies_for(first.bytes(), free_memory() // 8) - 1):
+        weights.append(random_packed(n, k, bits, group, DTYPE, device))
+    runs: dict[str, list[Callable[[], object]]] = {}
+    tiles, errors = {}, {}
+    for name, tile in _lowbit_tiles(problem, arch, gpu).items():
+        errors[name] = _checked(first, x, tile, f"{point.case}, {name}")
+        runs[name] = [_bound(packed, x, tile) for packed in weights]
+        tiles[name] = str(tile)
+    runs["cublas bf16"] = _cublas(first, x)
+    for name in peers:
+        try:
+            calls = PEERS[name](problem, copies_for(n * k * bits // 8, free_memory() // 8))
+            calls[0](x).sum().item()  # run it to its end: a fault on the device shows here
+        except Unavailable as reason:
+            say(f"{point.case}: {name}: {reason}")
+        except Exception as error:  # a peer that breaks must not end the run, but must be seen
+            say(f"{point.case}: {name} failed: {type(error).__name__}: {str(error)[:200]}")
+        else:
+            runs[name] = [lambda call=call: call(x) for call in calls]
+    return runs, tiles, errors, first.bytes()
+
+
+def _lowbit_tiles(problem: Problem, arch: int, gpu: str) -> dict[str, Tile]:
+    """The dispatcher's choice, and each family's most promising tile where it is another one."""
+    chosen = choose(problem, arch, gpu_name=gpu)
+    found = {"lowbit": chosen}
+    for family in ("triton", "gluon", "dequant"):
+        if family == "gluon" and arch != 90:
+            continue
+        tile = family_tile(family, problem, arch, _multiprocessors())
+        if tile is not None and tile != chosen:
+            found[f"lowbit {family}"] = tile
+    return found
+
+
+def _checked(packed: Packed, x: Tensor, tile: Tile, where: str) -> float:
+    out = packed(x, tile=tile)
+    rows = slice(0, CHECKED_TOKENS)
+    error = relative_rms(out[rows], reference(x[rows], packed))
+    limit = LIMITS[x.dtype] * (ROUNDED_WEIGHTS if tile.family == "dequant" else 1.0)
+    if not error <= limit or not bool(out.isfinite().all()):
+        raise CheckFailed(f"{where}, {tile}: relative RMS error {error:.2e}, allowed {limit:.1e}: not measured")
+    return error
+
+
+def _bound(packed: Packed, x: Tensor, tile: Tile) -> Callable[[], object]:
+    return lambda: packed(x, tile=tile)
+
+
+def _cublas(first: Packed, x: Tensor) -> list[Callable[[], object]]:
+    n, k = first.n, first.k
+    parts = [dense_weight(first, DTYPE, slice(row, row + 4096)) for row in range(0, n, 4096)]
+    dense = [torch.cat(parts)]
+    del parts
+    for _ in range(copies_for(2 * n * k, free_memory() // 4) - 1):
+        dense.append((0.1 * torch.randn(n, k, device=DEVICE)).to(DTYPE))
+    return [lambda weight=weight: torch.nn.functional.linear(x, weight) for weight in dense]
+
+
+def _int8_contestants(x: Tensor, n: int, k: int) -> Contestants:
+    from lowbit_kernels.int8 import int8_linear, int8_matmul
+    from lowbit_kernels.int8_quantize import quantize_activations
+
+    copies = copies_for(n * k, free_memory() // 8)
+    weights = [torch.randint(-128, 128, (n, k), dtype=torch.int8, device=DEVICE) for _ in range(copies)]
+    scale = 0.01 + 0.01 * torch.rand(n, device=DEVICE)
+
+    def ours(weight: Tensor) -> Tensor:
+        out: Tensor = int8_linear(x, weight, scale, None, None, None)
+        return out
+
+    x_q, x_scale, _ = quantize_activations(x)
+    rows = slice(0, CHECKED_TOKENS)
+    exact = x_q[rows].double() @ weights[0].double().t() * x_scale[rows].double().view(-1, 1) * scale.double()
+    error = relative_rms(ours(weights[0])[rows], exact)
+    if not error <= LIMITS[DTYPE]:
+        raise CheckFailed(f"W8A8 {tuple(x.shape)} x {n}: relative RMS error {error:.2e} against its own int8 operands")
+    runs: dict[str, list[Callable[[], object]]] = {
+        "lowbit": [lambda weight=weight: ours(weight) for weight in weights],
+        "lowbit int8 matmul alone": [
+            lambda weight=weight: int8_matmul(x_q, x_scale, weight, scale, None, out_dtype=DTYPE) for weight in weights
+        ],
+    }
+    if x.shape[0] > 16:  # torch._int_mm refuses fewer rows
+        runs["torch._int_mm"] = [lambda weight=weight: torch._int_mm(x_q, weight.t()) for weight in weights]
+    dense = [
+        (0.1 * torch.randn(n, k, device=DEVICE)).to(DTYPE) for _ in range(copies_for(2 * n * k, free_memory() // 4))
+    ]
+    runs["cublas bf16"] = [lambda weight=weight: torch.nn.functional.linear(x, weight) for weight in dense]
+    return runs, {}, {"lowbit": error}, n * k + 4 * n
+
+
+def _multiprocessors() -> int:
+    if not torch.cuda.is_available():  # planning on another machine
+        return 132
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count)
+
+
+def free_memory() -> int:
+    """Bytes that can be allocated on the GPU now."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]

@@ -1,0 +1,117 @@
+"""Timing on a GPU: graphs that rotate over cold weights, single cold calls, host time, the chip's own limits."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["GraphTimer", "chip_limits", "cold_call", "host_seconds"]
+
+GRAPH_S = 1.5e-3
+"""About how long one replay should take, so that the events' own time does not matter."""
+MOST_LAUNCHES = 400
+
+
+class GraphTimer:
+    """A CUDA graph of calls in a rotation: call i uses weight i modulo their number.
+
+    Args:
+        calls: one per copy of the weight; together they touch more memory than the L2 holds.
+    """
+
+    def __init__(self, calls: Sequence[Callable[[], object]]) -> None:
+        for call in calls[:2]:  # compile, allocate workspaces, choose algorithms
+            call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        each = (time.perf_counter() - start) / len(calls)
+        rounds = max(1, min(MOST_LAUNCHES, int(GRAPH_S / max(each, 1e-7))) // len(calls))
+        self.launches = rounds * len(calls)
+        self._graph = torch.cuda.CUDAGraph()
+        # results are not kept: the pool reuses their memory, as a model's decoding does
+        with torch.cuda.graph(self._graph):
+            for _ in range(rounds):
+                for call in calls:
+                    call()
+        self._graph.replay()
+        torch.cuda.synchronize()
+
+    def __call__(self) -> float:
+        """Seconds per launch of one replay."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        self._graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / self.launches
+
+
+def cold_call(call: Callable[[], object], repeats: int = 11) -> float:
+    """Median seconds of one call on its own, with the L2 full of something else before each."""
+    junk = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    call()
+    seconds = []
+    for _ in range(repeats):
+        junk.bitwise_not_()
+        torch.cuda.synchronize()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(seconds)
+
+
+def host_seconds(call: Callable[[], object], calls: int = 300, rounds: int = 5) -> float:
+    """Median host seconds to issue one call: the clock stops before the GPU is waited for."""
+    call()
+    seconds = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        seconds.append((time.perf_counter() - start) / calls)
+        torch.cuda.synchronize()
+    return statistics.median(seconds)
+
+
+def chip_limits() -> dict[str, float]:
+    """Bytes per second of a copy (read and written), bf16 FLOP/s and int8 OP/s of the libraries, on random data."""
+    bandwidth = _copy_bandwidth()
+    n = 8192
+    a, b = (torch.randn(n, n, device="cuda").to(torch.bfloat16) for _ in range(2))
+    bf16 = 2 * n**3 / _median_seconds(lambda: a @ b)
+    limits = {"copy_bytes_per_s": bandwidth, "bf16_flops": bf16}
+    p, q = (torch.randint(-128, 128, (n, n), dtype=torch.int8, device="cuda") for _ in range(2))
+    limits["int8_ops"] = 2 * n**3 / _median_seconds(lambda: torch._int_mm(p, q.t()))
+    return limits
+
+
+def _copy_bandwidth() -> float:
+    free = torch.cuda.mem_get_info()[0]
+    source = torch.randint(0, 256, (min(4 << 30, free // 4),), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _median_seconds(lambda: target.copy_(source))
+
+
+def _median_seconds(call: Callable[[], Tensor], repeats: int = 12) -> float:
+    for _ in range(3):
+        call()
+    seconds = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(seconds)

@@ -1,0 +1,69 @@
+"""Compiles what a run will need before it needs it, in several processes: Triton compiles one kernel per process.
+
+Each process launches kernels of the same constants and argument classes (Triton specialises on 1 and on multiples of
+16) on few weight rows, which fills Triton's cache on disk. What fails here is not judged: the run meets it again.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
+
+from lowbit_kernels.tiles import Problem, Tile, fits
+
+__all__ = ["Job", "jobs_of", "warm"]
+
+WORKERS = 12
+ROWS = 64
+
+
+@dataclass(frozen=True)
+class Job:
+    """One launch: the problem with few weight rows and few tokens, and its tile."""
+
+    problem: Problem
+    tile: Tile
+
+
+def jobs_of(work: Iterable[tuple[Problem, Tile]], arch: int) -> list[Job]:
+    """The distinct launches behind some problems and tiles, in order; those that shrink to one another count once."""
+    found: dict[Job, None] = {}
+    for problem, tile in work:
+        few_m = problem.m if problem.m <= 1 else 16 if problem.m % 16 == 0 else 17
+        few_n = ROWS if problem.n % 16 == 0 else ROWS + 1
+        small = replace(problem, m=few_m, n=few_n)
+        if fits(tile, small, arch):
+            found[Job(small, tile)] = None
+    return list(found)
+
+
+def warm(jobs: Sequence[Job], workers: int | None = None) -> int:
+    """Run every job once, spread over processes; how many ran."""
+    workers = min(workers or WORKERS, max(1, (os.cpu_count() or 2) - 2), max(1, len(jobs)))
+    if workers < 2:
+        return 0
+    shares = [list(jobs[first::workers]) for first in range(workers)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        return sum(pool.map(_launch, shares))
+
+
+def _launch(jobs: list[Job]) -> int:
+    from check_layers import random_packed
+
+    device, done = torch.device("cuda"), 0
+    for job in jobs:
+        p = job.problem
+        packed = random_packed(p.n, p.k, p.bits, p.group_size, p.dtype, device, asymmetric=p.asymmetric)
+        try:
+            packed(torch.zeros(p.m, p.k, dtype=p.dtype, device=device), tile=job.tile)
+            torch.cuda.synchronize()
+            done += 1
+        except Exception:  # the run itself reports it, with the case it belongs to
+            continue
+    return done

@@ -1,0 +1,123 @@
+"""Tiles of the int8 matmul: which ones there are, when one may run, and which one runs. Pure functions.
+
+No GPU has measured these choices; they follow from bytes in flight, registers and shared memory (kernels/README.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from .dispatch import table_for
+from .tiles import MAX_SPLIT_TILES, MIN_ARCH, cdiv, shared_limit
+
+__all__ = ["TILES", "Int8Tile", "largest_k", "pick_tile", "shared_bytes", "why_not"]
+
+MOST_SPLITS = 16
+FEWEST_STEPS = 4
+"""Steps along K that a program should have at least, to fill its pipeline."""
+
+
+@dataclass(frozen=True)
+class Int8Tile:
+    """One program's share of ``out`` and how it walks along K.
+
+    Attributes:
+        block_m: tokens, a power of two from 8 to 256.
+        block_n: weight rows, a power of two from 16 to 256.
+        block_k: columns per step, a power of two from 32 to 256.
+        split_k: programs that share the columns of one (block_m, block_n) tile; 1: no workspace.
+        num_warps: 1, 2, 4 or 8.
+        num_stages: steps along K whose loads are in flight, at least 1.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    split_k: int = 1
+    num_warps: int = 4
+    num_stages: int = 4
+
+
+TILES = (
+    Int8Tile(16, 64, 256, 1, 4, 4),
+    Int8Tile(32, 64, 256, 1, 4, 4),
+    Int8Tile(64, 64, 128, 1, 4, 4),
+    Int8Tile(128, 64, 128, 1, 4, 4),
+    Int8Tile(128, 128, 128, 1, 8, 3),
+    Int8Tile(256, 128, 128, 1, 8, 3),
+)
+"""What pick_tile chooses from, and what the compile gate checks."""
+
+
+def largest_k(asymmetric: bool) -> int:
+    """The longest row whose sum of products of int8 numbers (of int8 and a difference of two) always fits int32."""
+    most = 255 if asymmetric else 128
+    return (2**31 - 1) // (128 * most)
+
+
+def shared_bytes(tile: Int8Tile) -> int:
+    """Upper bound: both operands once per stage, or the result on its way to rows of tokens."""
+    step = (tile.block_m + tile.block_n) * tile.block_k
+    return max(tile.num_stages * step, 4 * tile.block_m * tile.block_n) + 1024
+
+
+def why_not(tile: Int8Tile, m: int, n: int, k: int, arch: int) -> str | None:
+    """Why ``tile`` cannot run ``(m, k) @ (n, k).T`` on ``arch`` (90 for sm_90), or None when it can."""
+    if arch < MIN_ARCH:
+        return f"sm_{arch} has no int8 tensor cores that Triton supports (sm_75 and newer)"
+    limits = {"block_m": (8, 256), "block_n": (16, 256), "block_k": (32, 256), "num_warps": (1, 8)}
+    for name, (least, most) in limits.items():
+        value = getattr(tile, name)
+        if not least <= value <= most or value & (value - 1):
+            return f"{name} must be a power of two from {least} to {most}, got {value}"
+    if tile.num_stages < 1:
+        return f"num_stages must be at least 1, got {tile.num_stages}"
+    steps = cdiv(k, tile.block_k)
+    if not 1 <= tile.split_k <= max(1, steps):
+        return f"split_k must be between 1 and the {steps} steps along K = {k}, got {tile.split_k}"
+    count = cdiv(m, tile.block_m) * cdiv(n, tile.block_n)
+    if tile.split_k > 1 and count > MAX_SPLIT_TILES:
+        return f"split_k must be 1 for more than {MAX_SPLIT_TILES} output tiles, there are {count}"
+    if shared_bytes(tile) > shared_limit(arch):
+        return f"{shared_bytes(tile)} bytes of shared memory, sm_{arch} has {shared_limit(arch)}"
+    return None
+
+
+@lru_cache(maxsize=4096)
+def pick_tile(m: int, n: int, k: int, arch: int, gpu_name: str | None = None) -> Int8Tile:
+    """The tile to run with; the same arguments always give the same tile, and it always fits.
+
+    The narrowest tile that holds all tokens, so that a weight is read once; from 129 tokens on the widest that leaves
+    no multiprocessor idle. Programs that are fewer than the multiprocessors share columns.
+
+    Raises:
+        ValueError: the architecture has no int8 tensor cores that Triton supports.
+    """
+    if arch < MIN_ARCH:
+        raise ValueError(why_not(TILES[0], m, n, k, arch))
+    multiprocessors = table_for(arch, gpu_name).multiprocessors
+    allowed = [tile for tile in (_fitted(tile, arch) for tile in TILES) if tile is not None]
+    tile = next((tile for tile in allowed if tile.block_m >= m), None)
+    if tile is None or m > 128:
+        wide = [t for t in allowed if t.block_m >= 64]
+        busy = [t for t in wide if cdiv(m, t.block_m) * cdiv(n, t.block_n) >= multiprocessors]
+        tile = max(busy, key=_area) if busy else min(wide, key=_area)
+    programs = max(1, cdiv(m, tile.block_m) * cdiv(n, tile.block_n))
+    if programs > MAX_SPLIT_TILES:
+        return tile
+    split = min(2 * multiprocessors // programs, cdiv(k, tile.block_k) // FEWEST_STEPS, MOST_SPLITS)
+    return replace(tile, split_k=max(1, split))
+
+
+def _area(tile: Int8Tile) -> int:
+    return tile.block_m * tile.block_n
+
+
+def _fitted(tile: Int8Tile, arch: int) -> Int8Tile | None:
+    """``tile`` with as many of its stages as the shared memory holds, None below three."""
+    for stages in range(tile.num_stages, 2, -1):
+        candidate = replace(tile, num_stages=stages)
+        if shared_bytes(candidate) <= shared_limit(arch):
+            return candidate
+    return None

@@ -1,0 +1,150 @@
+"""Device helpers of the fused kernels: where their operands lie, and how they come into the order of the tensor cores.
+
+Offsets that grow with the size of a tensor are int64. Rows past the last are clamped, not masked, where what is read
+for them is never stored.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "NO_SUMS",
+    "SUMS_BY_ADDS",
+    "SUMS_BY_DOT",
+    "SUMS_LOADED",
+    "load_x",
+    "of_run",
+    "right_operand",
+    "run_of_x",
+    "run_sums",
+    "scale_rows",
+    "step_scales",
+    "word_offsets",
+    "x_offsets",
+]
+
+NO_SUMS, SUMS_BY_DOT, SUMS_BY_ADDS, SUMS_LOADED = 0, 1, 2, 3
+"""Where S comes from: not needed; a dot with ones beside the weights' own; additions in the loop; a kernel before."""
+
+
+@triton.jit
+def scale_rows(ptr, group, N, first_row, BLOCK_N: tl.constexpr):
+    """Elements [group, first_row .. first_row + BLOCK_N) of a (G, N) tensor; rows from N on repeat row N - 1.
+
+    Two loads of the rows that one lane of the tensor core owns, r and r + 8 of 16, joined: with fewer elements than
+    threads each, Triton loads them where they are needed instead of passing them through shared memory and a barrier.
+    """
+    half = tl.arange(0, BLOCK_N // 2)
+    rows = first_row + half // 8 * 16 + half % 8
+    base = ptr + group.to(tl.int64) * N
+    low = tl.load(base + tl.minimum(rows, N - 1))
+    high = tl.load(base + tl.minimum(rows + 8, N - 1))
+    both = tl.reshape(tl.join(low, high), (BLOCK_N // 16, 8, 2))
+    return tl.reshape(tl.permute(both, (0, 2, 1)), (BLOCK_N,))
+
+
+@triton.jit
+def step_scales(
+    ptr, step, N, first_row, LAST: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Scales (or zeros) of every run of one step: (BLOCK_N,), or with a trailing axis of 2 per doubling of RUNS."""
+    if GROUP == -1:
+        return scale_rows(ptr, step * 0, N, first_row, BLOCK_N)
+    elif RUNS == 1:
+        return scale_rows(ptr, tl.minimum(step * RUN // GROUP, LAST), N, first_row, BLOCK_N)
+    else:
+        # run j of 2n is element (j % n, j // n): of_run takes the last axis off first
+        HALF: tl.constexpr = RUNS // 2
+        low = step_scales(ptr, step * 2, N, first_row, LAST, GROUP, RUN, HALF, BLOCK_N)
+        high = step_scales(ptr, step * 2 + 1, N, first_row, LAST, GROUP, RUN, HALF, BLOCK_N)
+        return tl.join(low, high)
+
+
+@triton.jit
+def of_run(values, INDEX: tl.constexpr, RUNS: tl.constexpr):
+    """Run INDEX of what step_scales gave: (BLOCK_N,) fp32."""
+    if RUNS == 1:
+        return values.to(tl.float32)
+    else:
+        HALF: tl.constexpr = RUNS // 2
+        low, high = tl.split(values)
+        return of_run(low if INDEX < HALF else high, INDEX % HALF, HALF)
+
+
+@triton.jit
+def word_offsets(first_row, N, UNITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the words of rows first_row .. lie in unit 0, (BLOCK_N, 16) int64; rows past the last unit repeat it."""
+    rows = tl.arange(0, BLOCK_N)
+    unit = tl.minimum(first_row // 16 + rows // 16, (N - 1) // 16).to(tl.int64)
+    return (unit * (UNITS * 256) + rows % 16 * 16)[:, None] + tl.arange(0, 16)[None, :]
+
+
+@triton.jit
+def x_offsets(first_token, K: tl.constexpr, RUN: tl.constexpr, BLOCK_M: tl.constexpr, FOR_MMA: tl.constexpr):
+    """Offsets of tokens first_token .. and columns 0 .. RUN: (BLOCK_M, RUN), or for mma.sync (RUN / 8, BLOCK_M, 8).
+
+    Eight columns of eight tokens are then 128 contiguous bytes of shared memory: ldmatrix without bank conflicts.
+    """
+    tokens = (first_token + tl.arange(0, BLOCK_M)).to(tl.int64) * K
+    if FOR_MMA:
+        columns = tl.arange(0, RUN // 8)[:, None, None] * 8 + tl.arange(0, 8)[None, None, :]
+        return tokens[None, :, None] + columns
+    else:
+        return tokens[:, None] + tl.arange(0, RUN)[None, :]
+
+
+@triton.jit
+def load_x(ptrs, tokens_left, columns_left, EVEN: tl.constexpr, FOR_MMA: tl.constexpr):
+    """One run of x, zero where there is no token or column."""
+    if FOR_MMA:
+        mask = tl.arange(0, ptrs.shape[1])[None, :, None] < tokens_left
+        if not EVEN:
+            columns = tl.arange(0, ptrs.shape[0])[:, None, None] * 8 + tl.arange(0, 8)[None, None, :]
+            mask = mask & (columns < columns_left)
+    else:
+        mask = tl.arange(0, ptrs.shape[0])[:, None] < tokens_left
+        if not EVEN:
+            mask = mask & (tl.arange(0, ptrs.shape[1])[None, :] < columns_left)
+    return tl.load(ptrs, mask=mask, other=0.0)
+
+
+@triton.jit
+def right_operand(x, RUN: tl.constexpr, BLOCK_M: tl.constexpr, FOR_MMA: tl.constexpr):
+    """A run of x as (RUN, BLOCK_M), its columns in the order in which unpack_columns gives the weights'."""
+    if FOR_MMA:
+        parts = tl.reshape(x, (RUN // 16, 2, BLOCK_M, 4, 2))  # (i, b), u, token, t, h
+        return tl.reshape(tl.permute(parts, (0, 3, 1, 4, 2)), (RUN, BLOCK_M))
+    else:
+        return tl.trans(x)
+
+
+@triton.jit
+def run_of_x(x, INDEX: tl.constexpr, RUNS: tl.constexpr):
+    """Run INDEX of a whole step of x for mma.sync, (RUNS * RUN / 8, BLOCK_M, 8): registers only."""
+    if RUNS == 1:
+        return x
+    else:
+        HALF: tl.constexpr = RUNS // 2
+        parts = tl.reshape(x, (2, x.shape[0] // 2, x.shape[1], 8))
+        low, high = tl.split(tl.permute(parts, (1, 2, 3, 0)))
+        return run_of_x(low if INDEX < HALF else high, INDEX % HALF, HALF)
+
+
+@triton.jit
+def run_sums(
+    x, sums_ptrs, tokens_left, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SUMS: tl.constexpr, FOR_MMA: tl.constexpr
+):
+    """S of one run in fp32, something that broadcasts to (BLOCK_N, BLOCK_M). See NO_SUMS .. SUMS_LOADED."""
+    if SUMS == 1:
+        x = tl.reshape(tl.permute(x, (0, 2, 1)), (x.shape[0] * 8, BLOCK_M)) if FOR_MMA else tl.trans(x)
+        return tl.dot(tl.full((BLOCK_N, x.shape[0]), 1.0, x.dtype), x, input_precision="ieee")
+    elif SUMS == 2:
+        if FOR_MMA:
+            return tl.sum(tl.sum(x.to(tl.float32), axis=2), axis=0)[None, :]
+        else:
+            return tl.sum(x.to(tl.float32), axis=1)[None, :]
+    else:
+        return tl.load(sums_ptrs, mask=tl.arange(0, BLOCK_M) < tokens_left, other=0.0)[None, :]

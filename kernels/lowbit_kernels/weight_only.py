@@ -1,0 +1,337 @@
+"""out = x @ W.T + bias for a weight in the GPU layout: ``W[n, k] = (code[n, k] - zero[g, n]) * scale[g, n]``.
+
+| tensor | shape                      | dtype               | order                                             |
+|--------|----------------------------|---------------------|---------------------------------------------------|
+| x      | (M, K)                     | fp16, bf16          | contiguous, 16-byte aligned                       |
+| tiles  | (ceil(N / 16), U, 16, 16)  | int32               | contiguous, 16-byte aligned; layout.py            |
+| scales | (G, N)                     | fp16, bf16, fp32    | contiguous; g = k / group_size                    |
+| zeros  | (G, N)                     | uint8 or None       | contiguous; None: symmetric, zero = 2**(bits - 1) |
+| bias   | (N,)                       | fp16, bf16, fp32 or None | contiguous                                   |
+| out    | (M, N)                     | as x                | contiguous                                        |
+
+M may be 0; N and K need not be multiples of anything. group_size is 32, 64, 128 (and divides K) or -1 (G = 1).
+
+Numerics. The tensor cores multiply the exact integers ``raw = code + RAW`` (unpack.py) with x, a fresh dot product for
+each run of columns that shares a scale (at most 128), and with S the sum of x over them
+
+    out[m, n] = sum_runs scale[n] * (sum_k raw[n, k] * x[m, k]  -  (RAW + zero[n]) * S[m]) + bias[n]
+
+in fp32, one rounding at the end. No weight is rounded, and a zero costs one multiplication per run, not per weight.
+
+Order of sums. One program adds its runs in the order of k. With ``split_k`` several programs share the columns: each
+stores its fp32 tile, and the one that arrives last adds all of them in the order of k. An integer counter says who is
+last; there are no float atomics, so the same input gives the same bits on every run. Rows of x never mix, so with one
+and the same tile row i of the result does not depend on M either: that is all that ``batch_invariant`` fixes.
+
+The weight is the left operand (``out.T = W @ x.T``): a program reads each word once, and tokens, few in decoding, are
+the operand that the tensor cores allow to be narrow.
+"""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .checks import check_arguments
+from .epilogue import last_to_arrive, store_tile, sum_of_partials, tile_origin, workspace
+from .layout import from_tiles, tiles_shape, unit_columns
+from .operands import (
+    NO_SUMS,
+    SUMS_BY_ADDS,
+    SUMS_BY_DOT,
+    SUMS_LOADED,
+    load_x,
+    of_run,
+    right_operand,
+    run_of_x,
+    run_sums,
+    step_scales,
+    word_offsets,
+    x_offsets,
+)
+from .tiles import Problem, Tile, cdiv, run_columns, why_not
+from .unpack import conversion, raw_offset, unpack_columns
+
+__all__ = ["constants", "device_arch", "weight_only_kernel", "weight_only_matmul", "weight_only_reference"]
+
+
+@triton.jit
+def weight_only_kernel(
+    x_ptr,  # (M, K)
+    tiles_ptr,  # (ceil(N / 16), UNITS, 16, 16)
+    scales_ptr,  # (G, N)
+    zeros_ptr,  # (G, N), unused unless HAS_ZEROS
+    bias_ptr,  # (N,), unused unless HAS_BIAS
+    out_ptr,  # (M, N)
+    sums_ptr,  # (steps * RUNS, M) fp32, unused unless SUMS is SUMS_LOADED
+    partials_ptr,  # (output tiles, SPLIT_K, BLOCK_N, BLOCK_M) fp32, unused unless SPLIT_K > 1
+    counters_ptr,  # (output tiles,) int32 zeros, likewise; zeros again afterwards
+    M,
+    N,
+    K: tl.constexpr,  # a model has few distinct K, and constant trip counts cost no division
+    UNITS: tl.constexpr,  # units along K
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,  # columns, or -1
+    RUN: tl.constexpr,  # columns per dot product: they share a scale
+    RAW: tl.constexpr,
+    PTX: tl.constexpr,  # conversion(...), or "" in the interpreter
+    SUMS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    FOR_MMA: tl.constexpr,  # mma.sync, not wgmma or tcgen05
+    STAGES: tl.constexpr,
+):
+    """Columns [split] of one (BLOCK_M, BLOCK_N) tile of out per program; one unit of every weight row per step."""
+    COLUMNS: tl.constexpr = 512 // BITS
+    RUNS: tl.constexpr = COLUMNS // RUN
+    SCALES: tl.constexpr = 1 if GROUP == -1 else RUNS
+    LAST: tl.constexpr = 0 if GROUP == -1 else K // GROUP - 1
+    STEPS: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
+    MINE: tl.constexpr = (STEPS + SPLIT_K - 1) // SPLIT_K
+    EVEN: tl.constexpr = K % COLUMNS == 0
+    MIDDLE: tl.constexpr = 1 << (BITS - 1)
+
+    tile, split = tl.program_id(0), tl.program_id(1)
+    token, row = tile_origin(tile, M, N, BLOCK_M, BLOCK_N)
+    tokens_left = tl.minimum(M - token, BLOCK_M).to(tl.int32)
+    begin = split * MINE
+    word_ptrs = tiles_ptr + word_offsets(row, N, UNITS, BLOCK_N) + begin.to(tl.int64) * 256
+    # mma.sync takes x out of registers, which can be split; wgmma out of shared memory, a tile for each run
+    PART: tl.constexpr = COLUMNS if FOR_MMA else RUN
+    x_ptrs = x_ptr + x_offsets(token, K, PART, BLOCK_M, FOR_MMA) + begin.to(tl.int64) * COLUMNS
+    sums_ptrs = sums_ptr + begin.to(tl.int64) * RUNS * M + token + tl.arange(0, BLOCK_M)
+    next_scales = step_scales(scales_ptr, begin, N, row, LAST, GROUP, RUN, SCALES, BLOCK_N)
+    next_zeros = next_scales
+    if HAS_ZEROS:
+        next_zeros = step_scales(zeros_ptr, begin, N, row, LAST, GROUP, RUN, SCALES, BLOCK_N)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    # a constant number of steps would be unrolled, which a short kernel pays for in instruction fetches; but the
+    # interpreter wants one, and then does nothing in the steps past the last
+    for i in tl.range(0, MINE if PTX == "" else tl.minimum(MINE, STEPS - begin), num_stages=STAGES):
+        step = begin + i
+        if PTX == "":
+            words = tl.load(word_ptrs, mask=step < STEPS, other=0)
+            tokens_left = tl.where(step < STEPS, tokens_left, 0)
+        else:
+            words = tl.load(word_ptrs, eviction_policy="evict_first")
+        # one step ahead: their latency is the memory's, and they are too narrow for the asynchronous copies
+        scales, zeros = next_scales, next_zeros
+        if GROUP != -1:
+            next_scales = step_scales(scales_ptr, step + 1, N, row, LAST, GROUP, RUN, SCALES, BLOCK_N)
+            if HAS_ZEROS:
+                next_zeros = step_scales(zeros_ptr, step + 1, N, row, LAST, GROUP, RUN, SCALES, BLOCK_N)
+        whole = load_x(x_ptrs, tokens_left, K - step * COLUMNS, EVEN, FOR_MMA)
+        for run in tl.static_range(RUNS):
+            if FOR_MMA:
+                x = run_of_x(whole, run, RUNS)
+            elif run == 0:
+                x = whole
+            else:
+                x = load_x(x_ptrs + run * RUN, tokens_left, K - step * COLUMNS - run * RUN, EVEN, FOR_MMA)
+            values = unpack_columns(words, run * (RUN // 32), RUN // 32, BITS, x.dtype, RAW, PTX, FOR_MMA)
+            dot = tl.dot(values, right_operand(x, RUN, BLOCK_M, FOR_MMA), input_precision="ieee")
+            if SUMS != 0:
+                sums = run_sums(x, sums_ptrs + run * M, tokens_left, BLOCK_N, BLOCK_M, SUMS, FOR_MMA)
+                if HAS_ZEROS:
+                    dot -= (of_run(zeros, run if SCALES > 1 else 0, SCALES) + RAW)[:, None] * sums
+                else:
+                    dot -= (RAW + MIDDLE) * sums
+            acc += dot * of_run(scales, run if SCALES > 1 else 0, SCALES)[:, None]
+        word_ptrs += 256
+        x_ptrs += COLUMNS
+        if SUMS == 3:
+            sums_ptrs += RUNS * M
+
+    if SPLIT_K == 1:
+        store_tile(acc, bias_ptr, out_ptr, token, row, M, N, HAS_BIAS)
+    elif last_to_arrive(acc, partials_ptr, counters_ptr, tile, split, SPLIT_K):
+        total = sum_of_partials(partials_ptr, counters_ptr, tile, SPLIT_K, BLOCK_N, BLOCK_M)
+        store_tile(total, bias_ptr, out_ptr, token, row, M, N, HAS_BIAS)
+
+
+@triton.jit
+def _run_sums_kernel(
+    x_ptr,  # (M, K)
+    sums_ptr,  # (RUNS, M) fp32
+    M,
+    K: tl.constexpr,
+    RUN: tl.constexpr,
+    RUNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sums of BLOCK runs of one token's columns; zero for what lies past K."""
+    token = tl.program_id(0).to(tl.int64)
+    runs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    columns = runs[:, None] * RUN + tl.arange(0, RUN)[None, :]
+    x = tl.load(x_ptr + token * K + columns, mask=columns < K, other=0.0).to(tl.float32)
+    tl.store(sums_ptr + runs.to(tl.int64) * M + token, tl.sum(x, axis=1), mask=runs < RUNS)
+
+
+def weight_only_reference(
+    x: Tensor, tiles: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, *, bits: int, group_size: int
+) -> Tensor:
+    """The formula in plain torch, in float64, from the same tensors: ``out (M, N)`` float64."""
+    k, n = x.shape[1], scales.shape[1]
+    words, scale, _ = from_tiles(tiles, scales, None, bits, k)
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
+    codes = ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(1)[:, :k].double()
+    size = k if group_size == -1 else group_size
+    zero = 2 ** (bits - 1) if zeros is None else zeros.t().double().repeat_interleave(size, 1)
+    weight = (codes - zero) * scale.double().repeat_interleave(size, 1)
+    out: Tensor = x.double() @ weight.view(n, k).t()
+    return out if bias is None else out + bias.double()
+
+
+@cache
+def device_arch(device: torch.device) -> int:
+    """10 * major + minor of a CUDA device; 80 for any other, which only Triton's interpreter runs on."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@cache
+def _device_name(device: torch.device) -> str | None:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
+@lru_cache(maxsize=8192)  # a launch asks every time; nobody changes the answer
+def constants(problem: Problem, tile: Tile, arch: int, *, has_bias: bool, interpreted: bool = False) -> dict[str, Any]:
+    """Constexpr arguments of the kernel: the same for a launch and for compiling ahead of one.
+
+    Sums of x are cheapest as a dot with ones where mma.sync has few tokens. From 16 tokens on wgmma (and 32 on
+    mma.sync) a symmetric weight is cheaper to centre, and an asymmetric one gets sums from elsewhere.
+    """
+    bits, dtype = problem.bits, problem.dtype
+    wgmma = arch // 10 == 9 and tile.block_m >= 16 and tile.block_n >= 64 and tile.num_warps >= 4
+    by_dot = tile.block_m <= 16 and not wgmma
+    raw = raw_offset(bits, dtype, centred=False)
+    if not problem.asymmetric and (not by_dot or raw < 0):
+        sums, raw = NO_SUMS, raw_offset(bits, dtype, centred=True)
+    elif by_dot:
+        sums = SUMS_BY_DOT
+    else:
+        sums = SUMS_BY_ADDS if tile.block_m <= 32 else SUMS_LOADED
+    return {
+        "K": problem.k,
+        "UNITS": tiles_shape(problem.n, problem.k, bits)[1],
+        "BITS": bits,
+        "GROUP": problem.group_size,
+        "RUN": run_columns(bits, problem.group_size),
+        "RAW": raw,
+        "PTX": "" if interpreted else conversion(bits, dtype, centred=raw < 0),
+        "SUMS": sums,
+        "HAS_ZEROS": problem.asymmetric,
+        "HAS_BIAS": has_bias,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "SPLIT_K": tile.split_k,
+        "FOR_MMA": not wgmma,
+        "STAGES": tile.num_stages,
+    }
+
+
+def weight_only_matmul(
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    *,
+    bits: int,
+    group_size: int,
+    n: int,
+    tile: Tile | None = None,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """``x (M, K) @ W.T + bias`` for a packed ``W (n, K)``; see the module's table for shapes and dtypes.
+
+    Args:
+        bits: 2, 4 or 8.
+        group_size: 32, 64, 128, or -1 for the whole row.
+        n: rows of the weight: those of ``tiles`` are padded.
+        tile: the tile to run with; None takes :func:`~lowbit_kernels.dispatch.choose`'s.
+        batch_invariant: have the tile chosen without regard to M, so that row i of the result depends on row i of x
+            alone, bit for bit. Ignored when ``tile`` is given.
+
+    Returns:
+        ``(M, n)`` in x's dtype, on x's device.
+
+    Raises:
+        ValueError: a tensor is not on one CUDA device (or on the CPU under ``TRITON_INTERPRET=1``), a shape, dtype,
+            stride or address contradicts the table, the GPU is too old, or the requested tile does not fit.
+    """
+    problem = Problem(x.shape[0], n, x.shape[-1], bits, group_size, x.dtype, zeros is not None)
+    arch = device_arch(x.device)
+    check_arguments(x, tiles, scales, zeros, bias, problem, arch)
+    if tile is None:
+        from .dispatch import choose
+
+        tile = choose(problem, arch, gpu_name=_device_name(x.device), batch_invariant=batch_invariant)
+    reason = why_not(tile, problem, arch)
+    if reason is not None:
+        raise ValueError(f"{tile} cannot run {problem} on sm_{arch}: {reason}")
+    if tile.family == "gluon":
+        from .hopper import hopper_matmul
+
+        return hopper_matmul(x, tiles, scales, zeros, bias, bits=bits, group_size=group_size, n=n, tile=tile)
+    if tile.family == "dequant":
+        from .prefill import dequantized_matmul
+
+        return dequantized_matmul(x, tiles, scales, zeros, bias, bits=bits, group_size=group_size, n=n)
+    return _launch(x, tiles, scales, zeros, bias, problem, tile, arch)
+
+
+def _launch(
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    problem: Problem,
+    tile: Tile,
+    arch: int,
+) -> Tensor:
+    m, n, k = problem.m, problem.n, problem.k
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if m == 0:
+        return out
+    interpreted = bool(triton.knobs.runtime.interpret)
+    constexprs = constants(problem, tile, arch, has_bias=bias is not None, interpreted=interpreted)
+    count = cdiv(m, tile.block_m) * cdiv(n, tile.block_n)
+    partials = counters = sums = scales  # an argument that the kernel does not read
+    with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be x's
+        if tile.split_k > 1:
+            partials, counters = workspace(count, tile.split_k, tile.block_m * tile.block_n, x.device)
+        if constexprs["SUMS"] == SUMS_LOADED:
+            run = constexprs["RUN"]
+            columns = unit_columns(problem.bits)
+            runs = cdiv(k, columns) * columns // run  # the kernel reads whole steps
+            sums = torch.empty(runs, m, dtype=torch.float32, device=x.device)
+            _run_sums_kernel[(m, cdiv(runs, 32))](x, sums, M=m, K=k, RUN=run, RUNS=runs, BLOCK=32, num_warps=4)
+        weight_only_kernel[(count, tile.split_k)](
+            x,
+            tiles,
+            scales,
+            scales if zeros is None else zeros,
+            scales if bias is None else bias,
+            out,
+            sums,
+            partials,
+            counters,
+            M=m,
+            N=n,
+            **constexprs,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return out
