@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .affine import QuantizedWeight
+    from .convert import convert
     from .evaluate import evaluate
     from .hf import load
     from .inspection import inspect_checkpoint as inspect
@@ -24,6 +25,7 @@ __all__ = [
     "QuantSpec",
     "QuantizedWeight",
     "__version__",
+    "convert",
     "evaluate",
     "inspect",
     "load",
@@ -37,6 +39,7 @@ _HOME = {
     "QuantLinear": ("linear", "QuantLinear"),
     "QuantSpec": ("spec", "QuantSpec"),
     "QuantizedWeight": ("affine", "QuantizedWeight"),
+    "convert": ("convert", "convert"),
     "evaluate": ("evaluate", "evaluate"),
     "inspect": ("inspection", "inspect_checkpoint"),
     "load": ("hf", "load"),

@@ -1,4 +1,4 @@
-"""The ``lowbit`` command: quantize, eval, inspect.
+"""The ``lowbit`` command: quantize, eval, inspect, convert.
 
 Results go to stdout; progress, logs and errors go to stderr. With ``--json`` stdout holds exactly one JSON object.
 Anything the user can put right ends as one message on stderr and exit status 2, Ctrl-C as status 130. What takes
@@ -25,6 +25,7 @@ EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 Method = Literal["gptq", "awq", "rtn", "awq+gptq"]
+Target = Literal["compressed-tensors", "gptq", "gptq-v2", "awq", "dense"]
 
 app = typer.Typer(
     name="lowbit",
@@ -145,6 +146,24 @@ def inspect_command(context: typer.Context, model: ModelArgument, as_json: JsonO
     with _reporting(context, as_json) as emit:
         inspection = lowbit.inspect(model)
         emit(inspection.to_dict(), str(inspection))
+
+
+@app.command("convert")
+def convert_command(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="IN", help="Packed folder in any format lowbit reads, or a hub id.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write; it appears only when it is complete.")],
+    to: Annotated[Target, typer.Option(help="The format to write; dense is the weights expanded.")],
+    dtype: Annotated[
+        str, typer.Option(help="Of scales and dense tensors: auto (as they are), float32, float16 or bfloat16.")
+    ] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, at the end, if it exists.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the packed checkpoint IN in another format, without loss."""
+    with _reporting(context, as_json) as emit:
+        report = lowbit.convert(model, out, to, dtype=dtype, overwrite=overwrite)
+        emit(report.to_dict(), str(report))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint, PackedLinear, TensorInfo, read_checkpoint, read_config, read_tensor_infos
+from .checkpoint import (
+    Checkpoint,
+    PackedLinear,
+    TensorInfo,
+    quantization_section,
+    read_checkpoint,
+    read_config,
+    read_tensor_infos,
+)
 
 __all__ = ["Inspection", "LayerInfo", "SpecInfo", "inspect_checkpoint"]
 
@@ -29,7 +37,10 @@ class SpecInfo:
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One packed layer; method and losses are None where lowbit.json does not have them."""
+    """One packed layer; method and losses are None where lowbit.json does not have them.
+
+    ``spec`` is the spec's label, with ``+order`` where the columns are reordered (GPTQ's act-order).
+    """
 
     name: str
     shape: tuple[int, int]
@@ -48,6 +59,7 @@ class Inspection:
     Attributes:
         path: the folder.
         packed: False for an unquantized model; then there are no specs and layers.
+        format: compressed-tensors, gptq, gptq-v2 or awq; None for an unquantized model.
         hashes_verified: every file agrees with lowbit.json; None where the folder has no lowbit.json.
         specs: one entry per spec, the one with most weights first.
         bits_per_weight: of all packed layers together, None when there are none.
@@ -61,6 +73,7 @@ class Inspection:
 
     path: str
     packed: bool
+    format: str | None
     hashes_verified: bool | None
     specs: tuple[SpecInfo, ...]
     bits_per_weight: float | None
@@ -86,7 +99,8 @@ class Inspection:
             False: "not checked",
         }
         lines = [
-            f"{self.path}: {len(self.layers)} packed layers, {self.bits_per_weight:.3f} bits per weight on disk",
+            f"{self.path}: {self.format}, {len(self.layers)} packed layers, "
+            f"{self.bits_per_weight:.3f} bits per weight on disk",
             f"{total}: packed {_size(self.packed_bytes)}, dense {dense or '0 B'}",
             f"hashes: {hashes[self.hashes_verified]}",
         ]
@@ -116,9 +130,9 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> Inspection:
         from .hf import resolve  # only here: a local folder is described without importing transformers
 
         folder = resolve(path)
-    if read_config(folder).get("quantization_config") is None:
+    if quantization_section(folder, read_config(folder)) is None:
         tensors = read_tensor_infos(folder)
-        return Inspection(str(folder), False, None, (), None, 0, _bytes(tensors), _dtypes(tensors), (), (), {})
+        return Inspection(str(folder), False, None, None, (), None, 0, _bytes(tensors), _dtypes(tensors), (), (), {})
     checkpoint = read_checkpoint(folder)
     record = dict(checkpoint.record or {})
     layers = _layers(checkpoint, record.pop("layers", None))
@@ -127,6 +141,7 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> Inspection:
     return Inspection(
         path=str(folder),
         packed=True,
+        format=checkpoint.format.label,
         hashes_verified=None if checkpoint.record is None else checkpoint.hashes_verified,
         specs=_specs(checkpoint.linears.values()),
         bits_per_weight=8 * packed_bytes / sum(layer.shape[0] * layer.shape[1] for layer in layers),
@@ -146,7 +161,7 @@ def _layers(checkpoint: Checkpoint, records: object) -> tuple[LayerInfo, ...]:
         record: Mapping[str, Any] = known.get(linear.name, {})
         bits = 8 * linear.nbytes / (linear.shape[0] * linear.shape[1])
         loss, rtn_loss, method = record.get("loss"), record.get("rtn_loss"), record.get("method")
-        label = linear.spec.label()
+        label = linear.spec.label() + ("+order" if linear.reordered else "")
         layers.append(LayerInfo(linear.name, linear.shape, label, linear.nbytes, bits, method, loss, rtn_loss))
     return tuple(layers)
 

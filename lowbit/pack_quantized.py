@@ -1,21 +1,28 @@
-"""The compressed-tensors ``pack-quantized`` format as pure data: one layer's tensors, and config.json's section.
+"""The compressed-tensors formats as pure data: one layer's tensors, and config.json's section.
 
-For a linear ``m`` with weight (N, K), b bits and G groups per row:
+``pack-quantized``: a linear ``m`` with weight (N, K), b bits and G groups per row, activations left as they are:
 
     m.weight_packed       int32  (N, ceil(K*b/32))    codes along K, first code in the low bits
     m.weight_scale        float  (N, G)
     m.weight_shape        int64  (2,)                 [N, K]
     m.weight_zero_point   int32  (ceil(N*b/32), G)    only when asymmetric, packed along N
 
-Source: compressed-tensors 0.20, ``compressors/pack_quantized`` and ``quantization/quant_config.py``; the layout of 2, 4
-and 8 bits is the same in every release.
+``int-quantized``: 8 bits, whole rows, activations of 8 bits too (``QuantSpec.activations``):
+
+    m.weight              int8   (N, K)               code - 128
+    m.weight_scale        float  (N, 1)
+    m.weight_zero_point   int8   (N, 1)               zero - 128, only when asymmetric
+    m.input_scale         float  (1,)                 only when the activations' scale is static
+
+Source: compressed-tensors 0.20, ``compressors/pack_quantized``, ``compressors/naive_quantized`` and
+``quantization/quant_config.py``; the layout of 2, 4 and 8 bits is the same in every release.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,19 +31,24 @@ from torch import Tensor
 
 from .affine import QuantizedWeight
 from .packing import pack_codes
-from .spec import PACKED_BITS, QuantSpec
+from .spec import PACKED_BITS, ActivationSpec, QuantSpec
 
 __all__ = [
     "FORMAT",
+    "INT_FORMAT",
     "QUANT_METHOD",
     "PackedFormat",
+    "from_int8",
     "linear_tensors",
     "parse_quantization_config",
     "quantization_config",
+    "to_int8",
 ]
 
 QUANT_METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
+INT_FORMAT = "int-quantized"
+_MIXED_FORMAT = "mixed-precision"  # then every group has a format of its own
 
 # Informational in every reader; the oldest release whose files are written exactly like ours.
 _FORMAT_VERSION = "0.17.0"
@@ -49,24 +61,29 @@ _WEIGHT_KEYS = {
 }  # fmt: skip
 
 
-def linear_tensors(name: str, qw: QuantizedWeight) -> dict[str, Tensor]:
-    """The tensors of one quantized linear as they stand in a file.
+def linear_tensors(name: str, qw: QuantizedWeight, input_scale: Tensor | None = None) -> dict[str, Tensor]:
+    """The tensors of one quantized linear as they stand in a file, ``int-quantized`` where activations are quantized.
 
     Args:
         name: the layer's name in the checkpoint, without ``.weight``.
         qw: codes ``(N, K)``, scales ``(N, G)`` float32, float16 or bfloat16, zeros ``(N, G)`` or None. Not modified.
+        input_scale: ``(1,)`` of the layer's input, where ``qw.spec.activations`` is static.
 
     Returns:
-        ``name.weight_packed``, ``.weight_scale``, ``.weight_shape`` and, when asymmetric, ``.weight_zero_point``, on
-        the codes' device.
+        the tensors above under ``name.``, on the codes' device.
 
     Raises:
-        ValueError: the width has no file format, or a scale is of another dtype, not finite or not positive.
+        ValueError: the width has no file format, a scale is of another dtype, not finite or zero, or an input scale is
+            missing or too many.
     """
     if qw.scales.dtype not in _SCALE_DTYPES:
         raise ValueError(f"{name}: scales must be one of {_SCALE_DTYPES} to be stored, got {qw.scales.dtype}")
-    if qw.scales.numel() and not bool((torch.isfinite(qw.scales) & (qw.scales > 0)).all()):
-        raise ValueError(f"{name}: scales must be finite and positive")
+    if qw.scales.numel() and not bool((torch.isfinite(qw.scales) & (qw.scales != 0)).all()):
+        raise ValueError(f"{name}: scales must be finite and not zero")
+    if qw.spec.activations is not None:
+        return _int_tensors(name, qw, input_scale)
+    if input_scale is not None:
+        raise ValueError(f"{name}: an input_scale was given, but its spec {qw.spec.label()} leaves activations alone")
     tensors = {
         f"{name}.weight_packed": pack_codes(qw.codes, qw.spec.bits),
         f"{name}.weight_scale": qw.scales.contiguous(),
@@ -75,6 +92,30 @@ def linear_tensors(name: str, qw: QuantizedWeight) -> dict[str, Tensor]:
     if qw.zeros is not None:
         tensors[f"{name}.weight_zero_point"] = pack_codes(qw.zeros, qw.spec.bits, dim=0)
     return tensors
+
+
+def _int_tensors(name: str, qw: QuantizedWeight, input_scale: Tensor | None) -> dict[str, Tensor]:
+    assert qw.spec.activations is not None
+    tensors = {f"{name}.weight": to_int8(qw.codes), f"{name}.weight_scale": qw.scales.contiguous()}
+    if qw.zeros is not None:
+        tensors[f"{name}.weight_zero_point"] = to_int8(qw.zeros)
+    if qw.spec.activations.dynamic != (input_scale is None):
+        raise ValueError(f"{name}: {qw.spec.label()} needs {'no' if qw.spec.activations.dynamic else 'an'} input_scale")
+    if input_scale is not None:
+        if tuple(input_scale.shape) != (1,) or not bool(torch.isfinite(input_scale) & (input_scale > 0)):
+            raise ValueError(f"{name}: input_scale must be one finite positive number, got {input_scale.tolist()}")
+        tensors[f"{name}.input_scale"] = input_scale.contiguous()
+    return tensors
+
+
+def to_int8(codes: Tensor) -> Tensor:
+    """Unsigned 8-bit codes as signed ones, ``code - 128``; :func:`from_int8` is the inverse."""
+    return (codes ^ 0x80).contiguous().view(torch.int8)
+
+
+def from_int8(codes: Tensor) -> Tensor:
+    """Inverse of :func:`to_int8`."""
+    return codes.contiguous().view(torch.uint8) ^ 0x80
 
 
 def quantization_config(specs: Mapping[str, QuantSpec], ignore: Sequence[str]) -> dict[str, Any]:
@@ -101,18 +142,21 @@ def quantization_config(specs: Mapping[str, QuantSpec], ignore: Sequence[str]) -
     groups: dict[QuantSpec, list[str]] = {}
     for name, spec in specs.items():
         groups.setdefault(spec, []).append(name)
+    formats = [_format_of(spec) for spec in groups]
+    mixed = len(set(formats)) > 1
     config_groups = {
         f"group_{i}": {
             "targets": ["Linear"] if len(groups) == 1 else names,
             "weights": _weights_entry(spec),
-            "input_activations": None,
+            "input_activations": _activations_entry(spec),
             "output_activations": None,
+            **({"format": formats[i]} if mixed else {}),
         }
         for i, (spec, names) in enumerate(groups.items())
     }
     return {
         "quant_method": QUANT_METHOD,
-        "format": FORMAT,
+        "format": _MIXED_FORMAT if mixed else formats[0],
         "quantization_status": "compressed",
         "version": _FORMAT_VERSION,
         "config_groups": config_groups,
@@ -129,6 +173,23 @@ def _weights_entry(spec: QuantSpec) -> dict[str, Any]:
         "strategy": "channel" if channel else "group",
         "group_size": None if channel else spec.group_size,
         "dynamic": False,
+    }
+
+
+def _format_of(spec: QuantSpec) -> str:
+    return FORMAT if spec.activations is None else INT_FORMAT
+
+
+def _activations_entry(spec: QuantSpec) -> dict[str, Any] | None:
+    if spec.activations is None:
+        return None
+    dynamic = spec.activations.dynamic
+    return {
+        "num_bits": spec.activations.bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "token" if dynamic else "tensor",
+        "dynamic": dynamic,
     }
 
 
@@ -188,43 +249,74 @@ def _matches_pattern(targets: Sequence[str], name: str) -> bool:
 
 
 def parse_quantization_config(config: object) -> PackedFormat:
-    """Read config.json's ``quantization_config``; whatever is not weight-only ``pack-quantized`` is refused.
+    """Read config.json's ``quantization_config``; whatever is not one of the two formats above is refused.
 
     Raises:
-        ValueError: not compressed-tensors ``pack-quantized``, or a group quantizes activations, reorders columns at run
-            time, is dynamic, or has bits, a strategy or a group size outside what lowbit reads. Names what was found.
+        ValueError: another format of compressed-tensors, or a group quantizes activations in a way lowbit does not,
+            reorders columns at run time, has dynamic weights, or has bits, a strategy or a group size outside what
+            lowbit reads. Names what was found.
     """
     top = _mapping(config, "quantization_config")
     if top.get("quant_method") != QUANT_METHOD:
         raise ValueError(f"lowbit reads quant_method {QUANT_METHOD!r}, this checkpoint has {top.get('quant_method')!r}")
-    _expect(top, "quantization_config", "format", FORMAT)
+    if top.get("format") not in (FORMAT, INT_FORMAT, _MIXED_FORMAT):
+        raise ValueError(
+            f"quantization_config.format must be {FORMAT!r}, {INT_FORMAT!r} or {_MIXED_FORMAT!r} of the two, "
+            f"got {top.get('format')!r}"
+        )
     _expect(top, "quantization_config", "quantization_status", "compressed")
     _expect(top, "quantization_config", "kv_cache_scheme", None)
-    for key in ("sparsity_config", "transform_config"):
-        if top.get(key):
-            raise ValueError(f"quantization_config.{key} must be empty, got {top[key]!r}")
+    sparsity = top.get("sparsity_config") or {}
+    if _mapping(sparsity, "quantization_config.sparsity_config").get("format", "dense") != "dense":  # 2024's had it
+        raise ValueError(f"quantization_config.sparsity_config must be empty or dense, got {sparsity!r}")
+    if top.get("transform_config"):
+        raise ValueError(f"quantization_config.transform_config must be empty, got {top['transform_config']!r}")
     groups = _mapping(top.get("config_groups"), "quantization_config.config_groups")
     if not groups:
         raise ValueError("quantization_config.config_groups must hold at least one group, got none")
     ignore = top.get("ignore")
     return PackedFormat(
-        groups=tuple(_parse_group(f"config_groups.{name}", group) for name, group in groups.items()),
+        groups=tuple(_parse_group(f"config_groups.{name}", group, top["format"]) for name, group in groups.items()),
         ignore=() if ignore is None else _targets(ignore, "ignore"),
     )
 
 
-def _parse_group(where: str, config: object) -> tuple[QuantSpec, tuple[str, ...]]:
+def _parse_group(where: str, config: object, default_format: str) -> tuple[QuantSpec, tuple[str, ...]]:
     group = _mapping(config, where)
     _no_other_keys(group, where, _GROUP_KEYS)
-    for key in ("input_activations", "output_activations"):
-        _expect(group, where, key, None)
-    if group.get("format") is not None:
-        _expect(group, where, "format", FORMAT)
+    _expect(group, where, "output_activations", None)
+    form = default_format if group.get("format") is None else group["format"]
+    if form not in (FORMAT, INT_FORMAT):
+        raise ValueError(f"{where}.format must be {FORMAT!r} or {INT_FORMAT!r}, got {form!r}")
     weights = _mapping(group.get("weights"), f"{where}.weights")
     targets = _targets(group.get("targets"), f"{where}.targets")
     if not targets:
         raise ValueError(f"{where}.targets must not be empty")
-    return _parse_weights(f"{where}.weights", weights), targets
+    spec = _parse_weights(f"{where}.weights", weights)
+    if form == FORMAT:
+        _expect(group, where, "input_activations", None)
+        return spec, targets
+    activations = _parse_activations(f"{where}.input_activations", group.get("input_activations"))
+    try:
+        return replace(spec, activations=activations), targets
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _parse_activations(where: str, config: object) -> ActivationSpec:
+    fields = _mapping(config, where)
+    _no_other_keys(fields, where, _WEIGHT_KEYS)
+    for key, value in (("num_bits", 8), ("type", "int"), ("symmetric", True)):
+        _expect(fields, where, key, value)
+    for key in ("group_size", "block_structure", "actorder"):
+        _expect(fields, where, key, None)
+    kind = fields.get("strategy"), fields.get("dynamic")
+    if kind not in (("token", True), ("tensor", False)):
+        raise ValueError(
+            f"{where} must be dynamic with strategy 'token' or static with strategy 'tensor', got strategy {kind[0]!r} "
+            f"with dynamic {kind[1]!r}"
+        )
+    return ActivationSpec(8, dynamic=kind[0] == "token")
 
 
 def _parse_weights(where: str, weights: Mapping[str, Any]) -> QuantSpec:

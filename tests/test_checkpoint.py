@@ -23,7 +23,7 @@ from lowbit.checkpoint import (
     quantization_config,
     read_checkpoint,
 )
-from lowbit.spec import QuantSpec
+from lowbit.spec import ActivationSpec, QuantSpec
 from packed_folder import TINY_LAYERS as LAYERS
 from packed_folder import edit_config, edit_tensors, names_in, random_layer, write_tiny
 
@@ -81,6 +81,47 @@ def test_one_spec_targets_the_class_and_several_target_names() -> None:
     assert [group["targets"] for group in uniform["config_groups"].values()] == [["Linear"]]
     mixed = quantization_config({"a": W4, "b": W8A}, ["lm_head"])
     assert [group["targets"] for group in mixed["config_groups"].values()] == [["a"], ["b"]]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_an_int_quantized_layer_is_what_compressed_tensors_decompresses(symmetric: bool, dynamic: bool) -> None:
+    from compressed_tensors.compressors.naive_quantized.base import IntQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    spec = QuantSpec(8, -1, symmetric, ActivationSpec(8, dynamic))
+    weights_only = random_layer(7, 13, QuantSpec(8, -1, symmetric))
+    qw = QuantizedWeight(weights_only.codes, weights_only.scales.float(), weights_only.zeros, spec)
+    input_scale = None if dynamic else torch.tensor([0.25])
+    tensors = {key.removeprefix("m."): value for key, value in linear_tensors("m", qw, input_scale).items()}
+    expected = {
+        "weight",
+        "weight_scale",
+        *([] if symmetric else ["weight_zero_point"]),
+        *([] if dynamic else ["input_scale"]),
+    }
+    assert tensors.keys() == expected and tensors["weight"].dtype == torch.int8
+    read = QuantizationConfig.model_validate(quantization_config({"m": spec}, ["lm_head"]))
+    assert read.format == "int-quantized"
+    scheme = read.config_groups["group_0"]
+    assert scheme.input_activations.dynamic is dynamic and scheme.input_activations.symmetric
+    theirs = IntQuantizationCompressor.decompress(tensors, scheme)["weight"]
+    assert torch.equal(theirs, dequantize(qw, torch.float32))
+    assert parse_quantization_config(quantization_config({"m": spec}, [])).spec_for("m") == spec
+
+
+def test_groups_of_both_formats_have_a_format_each() -> None:
+    from compressed_tensors.quantization import QuantizationConfig
+
+    specs = {"a": W4, "b": QuantSpec(8, -1, True, ActivationSpec()), "c": W8A}
+    config = quantization_config(specs, [])
+    QuantizationConfig.model_validate(config)
+    assert config["format"] == "mixed-precision"
+    assert [group["format"] for group in config["config_groups"].values()] == [
+        "pack-quantized", "int-quantized", "pack-quantized"
+    ]  # fmt: skip
+    parsed = parse_quantization_config(config)
+    assert {name: parsed.spec_for(name) for name in specs} == specs
 
 
 @pytest.mark.parametrize("specs", [{"a": W4, "b": W4}, {"a": W4, "b": W8A, "c": QuantSpec(2, 64, False)}])
@@ -152,6 +193,14 @@ def test_a_configuration_lowbit_does_not_read_is_refused(change: Callable[[dict[
         parse_quantization_config(config)
 
 
+def test_fields_of_older_releases_are_read() -> None:
+    config = quantization_config({"a": W4}, ["lm_head"])
+    config["sparsity_config"] = {"format": "dense", "global_sparsity": 0.14, "ignore": [], "targets": []}
+    config["transform_config"] = {}
+    config["config_groups"]["group_0"]["weights"] |= {"observer": "minmax", "observer_kwargs": {}, "actorder": None}
+    assert parse_quantization_config(config).spec_for("a") == W4
+
+
 def test_weights_that_have_no_file_format_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(2, 4, 8\) bits, got 3"):
         quantization_config({"a": QuantSpec(3, 32, True)}, [])
@@ -159,7 +208,7 @@ def test_weights_that_have_no_file_format_are_refused() -> None:
         quantization_config({"a": W4}, ["a"])
     bad = LAYERS["layers.0.up"].scales.clone()
     bad[2, 1] = float("inf")
-    with pytest.raises(ValueError, match="finite and positive"):
+    with pytest.raises(ValueError, match="finite and not zero"):
         linear_tensors("a", QuantizedWeight(LAYERS["layers.0.up"].codes, bad, None, W4))
 
 
@@ -236,10 +285,9 @@ def poke(index: tuple[int, ...], value: float) -> Callable[[torch.Tensor], torch
 
 UP, DOWN = "layers.0.up", "layers.0.down"
 DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
-    "nan scale": (replace(f"{UP}.weight_scale", poke((3, 1), float("nan"))), "finite and positive, got nan at row 3"),
-    "infinite scale": (replace(f"{UP}.weight_scale", poke((0, 0), float("inf"))), "finite and positive"),
-    "zero scale": (replace(f"{UP}.weight_scale", poke((0, 0), 0.0)), "finite and positive"),
-    "negative scale": (replace(f"{UP}.weight_scale", poke((4, 0), -1.0)), "got -1.0 at row 4, group 0"),
+    "nan scale": (replace(f"{UP}.weight_scale", poke((3, 1), float("nan"))), r"not zero, got nan at \[3, 1\]"),
+    "infinite scale": (replace(f"{UP}.weight_scale", poke((0, 0), float("inf"))), "finite and not zero"),
+    "zero scale": (replace(f"{UP}.weight_scale", poke((0, 0), 0.0)), r"not zero, got 0.0 at \[0, 0\]"),
     "scale dtype": (replace(f"{UP}.weight_scale", lambda t: t.double()), "weight_scale must be"),
     "scale groups": (replace(f"{UP}.weight_scale", lambda t: t[:, :1].contiguous()), r"\(5, 2\), got .* \(5, 1\)"),
     "no scale": (lambda t: t.pop(f"{UP}.weight_scale"), "lacks .*weight_scale"),
@@ -286,6 +334,14 @@ def test_tensors_that_do_not_agree_are_refused(
     edit_tensors(folder, change)
     with pytest.raises(ValueError, match=message):
         read_checkpoint(folder)
+
+
+def test_a_negative_scale_is_read(folder: Path) -> None:
+    """AutoRound's symmetric grids have them: minus the scale turns the longer side of the range around."""
+    edit_tensors(folder, replace(f"{UP}.weight_scale", poke((4, 0), -1.0)))
+    qw = read_checkpoint(folder).quantized_weight(UP)
+    assert qw.scales[4, 0] == -1
+    assert torch.equal(dequantize(qw)[4, :32], 8.0 - qw.codes[4, :32].float())
 
 
 def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path: Path) -> None:

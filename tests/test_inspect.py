@@ -103,8 +103,8 @@ def test_damage_and_foreign_formats_are_errors(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"model\.safetensors is not the file that was written"):
         lowbit.inspect(folder)
-    edit_config(folder, lambda config: config.update(quantization_config={"quant_method": "awq"}))
-    with pytest.raises(ValueError, match="'awq'"):
+    edit_config(folder, lambda config: config.update(quantization_config={"quant_method": "fp8"}))
+    with pytest.raises(ValueError, match="'fp8'"):
         lowbit.inspect(folder)
     with pytest.raises(FileNotFoundError, match="no such model folder"):
         lowbit.inspect(tmp_path / "nothing")
@@ -120,3 +120,14 @@ def test_a_local_folder_is_described_without_transformers(tmp_path: Path) -> Non
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_foreign_formats_are_described_too() -> None:
+    fixtures = Path(__file__).parent / "fixtures"
+    found = lowbit.inspect(fixtures / "gptqmodel-v2-w4g32-asym-actorder")
+    assert (found.format, len(found.layers), found.hashes_verified) == ("gptq-v2", 7, None)
+    assert {layer.spec for layer in found.layers} == {"w4g32asym+order"}
+    assert "gptq-v2, 7 packed layers" in str(found)
+    assert lowbit.inspect(fixtures / "gptqmodel-awq-w4g32").format == "awq"
+    mixed = lowbit.inspect(fixtures / "llmcompressor-mixed")
+    assert {info.spec: info.layers for info in mixed.specs} == {"w8gchsym": 4, "w4g32asym": 2, "w4g32sym": 1}

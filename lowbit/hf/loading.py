@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as hf_logging
 from transformers.utils.import_utils import is_accelerate_available
 
-from ..checkpoint import read_checkpoint, read_config, read_tensor_infos
-from ..linear import QuantLinear
+from ..checkpoint import Checkpoint, quantization_section, read_checkpoint, read_config, read_tensor_infos
+from ..linear import Int8Linear, QuantLinear
+from .foreign import foreign_from_pretrained
 from .quantizer import in_memory_config
 from .source import parse_device, parse_dtype, resolve
 
@@ -39,8 +40,9 @@ def load(
     """Load a causal language model for inference; a packed folder stays packed.
 
     Args:
-        path_or_id: a folder, or a Hugging Face model id. compressed-tensors ``pack-quantized`` folders, whoever wrote
-            them, get a :class:`~lowbit.linear.QuantLinear` for every packed layer; unquantized folders load dense.
+        path_or_id: a folder, or a Hugging Face model id. compressed-tensors ``pack-quantized``, GPTQ and AWQ folders,
+            whoever wrote them, get a :class:`~lowbit.linear.QuantLinear` for every packed layer, ``int-quantized`` ones
+            (W8A8) an :class:`~lowbit.linear.Int8Linear`; unquantized folders load dense.
         device: ``auto`` is CUDA when there is one, else the CPU.
         dtype: of embeddings, norms, scales and activations; ``auto`` is the checkpoint's.
         trust_remote_code: run Python code that comes with the model. Never taken from a configuration file.
@@ -56,13 +58,13 @@ def load(
     """
     target, compute = parse_device(device), parse_dtype(dtype)
     folder = resolve(path_or_id, trust_remote_code=trust_remote_code)
-    if _quantization_section(read_config(folder)) is None:
+    if quantization_section(folder, read_config(folder)) is None:
         return _load_dense(folder, compute, target, trust_remote_code)
     checkpoint = read_checkpoint(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     config.quantization_config = in_memory_config(checkpoint, compute)
     with _quiet(warnings=True):
-        model = _from_pretrained(folder, compute, target, trust_remote_code, config=config)
+        model = _from_pretrained(folder, compute, target, trust_remote_code, checkpoint, config=config)
     _prepare(model)
     return model, _tokenizer(folder, trust_remote_code)
 
@@ -83,19 +85,11 @@ def load_dense(
     """
     target, compute = parse_device(device), parse_dtype(dtype)
     folder = resolve(path_or_id, trust_remote_code=trust_remote_code)
-    section = _quantization_section(read_config(folder))
+    section = quantization_section(folder, read_config(folder))
     if section is not None:
-        method = section.get("quant_method") if isinstance(section, dict) else section
+        method = section.get("quant_method")
         raise ValueError(f"{folder} is quantized already (quant_method {method!r}); give the unquantized model")
     return _load_dense(folder, compute, target, trust_remote_code)
-
-
-def _quantization_section(config: dict[str, Any]) -> Any:
-    """``quantization_config``, at the top or in the text model's part of a composite configuration."""
-    text = config.get("text_config")
-    nested = text.get("quantization_config") if isinstance(text, dict) else None
-    top = config.get("quantization_config")
-    return nested if top is None else top
 
 
 def _load_dense(folder: Path, dtype: torch.dtype | None, device: torch.device, trust_remote_code: bool) -> Loaded:
@@ -106,27 +100,38 @@ def _load_dense(folder: Path, dtype: torch.dtype | None, device: torch.device, t
 
 
 def _from_pretrained(
-    folder: Path, dtype: torch.dtype | None, device: torch.device, trust_remote_code: bool, **options: Any
+    folder: Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    trust_remote_code: bool,
+    checkpoint: Checkpoint | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
     # Without accelerate transformers can only load to the CPU; the model is moved afterwards.
     if device.type == "cuda" and is_accelerate_available():
         options["device_map"] = {"": device}
-    from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its annotations do not know output_loading_info
-    model, info = from_pretrained(
-        folder,
-        dtype="auto" if dtype is None else dtype,
-        trust_remote_code=trust_remote_code,
-        local_files_only=True,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # reported below, with names and shapes, instead of a bare RuntimeError
-        **options,
-    )
-    packed = "config" in options
+    options["dtype"] = "auto" if dtype is None else dtype
+    options["ignore_mismatched_sizes"] = True  # reported below, with names and shapes, instead of a bare RuntimeError
+    if checkpoint is not None and not checkpoint.in_lowbit_layout:
+        model, info = foreign_from_pretrained(checkpoint, trust_remote_code=trust_remote_code, **options)
+    else:
+        from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its annotations do not know output_loading_info
+        model, info = from_pretrained(
+            folder,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    unexpected: list[str] = []
+    if checkpoint is not None:
+        # AutoGPTQ wrote a bias of zeros for every layer, also for those that have none.
+        unexpected = sorted(name for name in info["unexpected_keys"] if not _is_zero_bias(checkpoint, name))
     problems = {
         "weights missing from the folder": sorted(info["missing_keys"]),
         "weights of another shape (found, needed)": sorted(info["mismatched_keys"]),
-        "weights the model has no place for": sorted(info["unexpected_keys"]) if packed else [],
+        "weights the model has no place for": unexpected,
     }
     for what, names in problems.items():
         if names:
@@ -135,14 +140,19 @@ def _from_pretrained(
     return moved
 
 
+def _is_zero_bias(checkpoint: Checkpoint, name: str) -> bool:
+    layer, _, part = name.rpartition(".")
+    return part == "bias" and layer in checkpoint.linears and not bool(checkpoint.tensor(name).any())
+
+
 def _prepare(model: PreTrainedModel) -> None:
     """Make the loaded QuantLinears ready to run."""
     for name, module in model.named_modules():
-        if not isinstance(module, QuantLinear):
+        if not isinstance(module, (QuantLinear, Int8Linear)):
             continue
         scales = module.weight_scale
-        # They were finite and positive in the file, but may be neither in a dtype of a smaller range.
-        if not bool((torch.isfinite(scales) & (scales > 0)).all()):
+        # They were finite and not zero in the file, but may be either in a dtype of a smaller range.
+        if not bool((torch.isfinite(scales) & (scales != 0)).all()):
             raise ValueError(f"{name}: its scales do not fit into {scales.dtype}; load it with dtype auto or float32")
         module.requires_grad_(False)  # transformers makes every floating point parameter it loads trainable
         module.repack()

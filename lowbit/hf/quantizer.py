@@ -20,7 +20,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import Checkpoint
-from ..linear import QuantLinear
+from ..formats.reordered import ReorderedLinear
+from ..linear import linear_class
 from ..spec import QuantSpec
 
 __all__ = ["METHOD", "LowbitConfig", "LowbitQuantizer", "in_memory_config"]
@@ -36,12 +37,13 @@ def in_memory_config(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[
     """
     return {
         "quant_method": METHOD,
-        "stored": copy.deepcopy(dict(checkpoint.config["quantization_config"])),
+        "stored": checkpoint.lowbit_section(),
         "linears": {
             linear.name: {
                 "shape": list(linear.shape),
                 "spec": linear.spec.to_dict(),
                 "scale_dtype": str(dtype or linear.scale_dtype).removeprefix("torch."),
+                "reordered": linear.reordered,
             }
             for linear in checkpoint.linears.values()
         },
@@ -69,8 +71,9 @@ class LowbitQuantizer(HfQuantizer):
     requires_calibration = True  # there is no quantizing while loading: folders come packed
 
     def is_serializable(self) -> bool:
-        """QuantLinear's state_dict is the disk layout."""
-        return True
+        """QuantLinear's state_dict is the disk layout; that of reordered layers (GPTQ's act-order) is nobody's."""
+        assert isinstance(self.quantization_config, LowbitConfig)
+        return not any(layer["reordered"] for layer in self.quantization_config.linears.values())
 
     @property
     def is_trainable(self) -> bool:
@@ -86,7 +89,7 @@ class LowbitQuantizer(HfQuantizer):
         assert isinstance(self.quantization_config, LowbitConfig)
         layers = self.quantization_config.linears
         tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
-        for name, module_name in _module_names(model, list(layers)).items():
+        for name, module_name in _module_names(model, layers).items():
             module, layer = model.get_submodule(module_name), layers[name]
             assert isinstance(module, nn.Linear)
             if f"{module_name}.weight" in tied:
@@ -99,10 +102,12 @@ class LowbitQuantizer(HfQuantizer):
                     f"{name} is packed with the shape {(n, k)}, but the model config.json describes needs "
                     f"{(module.out_features, module.in_features)}"
                 )
-            packed = QuantLinear(
+            spec = QuantSpec.from_dict(layer["spec"])
+            module_class = ReorderedLinear if layer["reordered"] else linear_class(spec)
+            packed = module_class(
                 k,
                 n,
-                QuantSpec.from_dict(layer["spec"]),
+                spec,
                 bias=module.bias is not None,
                 dtype=getattr(torch, layer["scale_dtype"]),
                 device="meta",
@@ -122,8 +127,11 @@ def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _module_names(model: PreTrainedModel, names: list[str]) -> dict[str, str]:
+def _module_names(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Checkpoint name -> module name, by the key mapping transformers itself is going to use.
+
+    Args:
+        layers: as in LowbitConfig.
 
     Raises:
         ValueError: a packed layer is not an ``nn.Linear`` of the model (merged experts, for one), or two are the same.
@@ -131,10 +139,11 @@ def _module_names(model: PreTrainedModel, names: list[str]) -> dict[str, str]:
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-    linears = {f"{name}.weight_packed": name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    modules = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = {f"{name}.{part}": name for name in modules for part in ("weight_packed", "weight")}
     found: dict[str, str] = {}
-    for name in names:
-        key = f"{name}.weight_packed"
+    for name, layer in layers.items():
+        key = f"{name}.{'weight' if 'activations' in layer['spec'] else 'weight_packed'}"  # int-quantized or packed
         renamed, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, linears)
         module_name = linears.get(renamed) or linears.get(key)
         if module_name is None:
