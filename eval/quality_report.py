@@ -135,7 +135,10 @@ def _markdown(rows: Sequence[Row], peers: Sequence[Peers]) -> str:
         "## How these figures are made\n\n"
         f"{DEFINITION}\n\n"
         "The decoder's linear weights are quantized in memory (`lowbit.quantize_`, `packed=False`), embeddings and "
-        "lm_head stay dense. bits: stored bits per quantized weight, scales (in the run's dtype) and zeros counted. "
+        "lm_head stay dense. w8a8 specs also quantize the linears' inputs and run as packed modules, with one input "
+        "scale per token, or (static) one per layer of least squared error over the calibration inputs; +smoothA: "
+        "SmoothQuant with alpha A first. "
+        "bits: stored bits per quantized weight, scales (in the run's dtype) and zeros counted. "
         "rtn uses no data; rtn (weighted) searches its grid with the second moments of calibration inputs. "
         "s: wall time of quantizing.\n"
     )

@@ -3,8 +3,9 @@
     python eval/quality_table.py --model MODEL --calibration TEXT --data TEXT [--data TEXT]... [--out PREFIX]
 
 Every row is lowbit.quantize_(packed=False) on a copy of the model in memory, so that widths without a file format are
-measured too, and lowbit.evaluate() against the original. PREFIX.csv is rewritten after each row. A row that it already
-holds is computed again only where the package's sources or a library's version have changed since, or with --force.
+measured too (True with quantized activations: their integers are multiplied), and lowbit.evaluate() against the
+original. PREFIX.csv is rewritten after each row. A row that it already holds is computed again only where the package's
+sources or a library's version have changed since, or with --force.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from lowbit.data import TextSource, check_vocabulary, load_text, token_windows
 from lowbit.evaluate import MAX_SEQ_LEN, EvalResult, context_length
 from lowbit.hf import load_dense, parse_device
 from lowbit.report import QuantReport
+from lowbit.spec import ActivationSpec
 
+_SHORT = {"w8a8dyn": "w8a8gchsym", "w8a8static": "w8a8staticgchsym"}
 SPECS = "w4g128sym,w4g128asym,w3g128sym,w3g128asym,w2g64sym,w2g64asym"
 
 
@@ -70,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 class _Setting:
     """What all rows of a run share."""
 
-    specs: list[lowbit.QuantSpec]
+    specs: list[tuple[lowbit.QuantSpec, float | None]]
     methods: list[str]
     texts: list[TextSource]
     calibration: TextSource | None
@@ -92,7 +95,7 @@ def _run(options: argparse.Namespace) -> None:
         raise ValueError(f"--calibration is missing: of the methods {methods} only rtn works without data")
     device = parse_device(options.device)
     setting = _Setting(
-        specs=[parse_spec(label) for label in options.specs.split(",")],
+        specs=[parse_request(label) for label in options.specs.split(",")],
         methods=methods,
         texts=[load_text(data, "test") for data in options.data],
         calibration=load_text(options.calibration, "train") if needs_text else None,
@@ -110,16 +113,36 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def parse_spec(label: str) -> lowbit.QuantSpec:
-    """``w4g128asym`` to a QuantSpec, the inverse of its label().
+    """``w4g128asym`` to a QuantSpec, the inverse of its label(); ``w8a8dyn`` and ``w8a8static`` are short for two.
 
     Raises:
         ValueError: the label has another form, or names a width or group size there is none of.
     """
-    match = re.fullmatch(r"w(\d+)g(\d+|ch)(sym|asym)", label)
+    match = re.fullmatch(r"w(\d+)(a8(?:static)?)?g(\d+|ch)(sym|asym)", _SHORT.get(label, label))
     if match is None:
-        raise ValueError(f"a spec looks like w4g128asym or w8gchsym, got {label!r}")
-    bits, group, symmetry = match.groups()
-    return lowbit.QuantSpec(int(bits), -1 if group == "ch" else int(group), symmetry == "sym")
+        raise ValueError(f"a spec looks like w4g128asym, w8gchsym, w8a8dyn or w8a8static, got {label!r}")
+    bits, activations, group, symmetry = match.groups()
+    scheme = ActivationSpec(8, dynamic=activations == "a8") if activations else None
+    return lowbit.QuantSpec(int(bits), -1 if group == "ch" else int(group), symmetry == "sym", scheme)
+
+
+def parse_request(label: str) -> tuple[lowbit.QuantSpec, float | None]:
+    """A spec, with ``+smooth0.5`` behind it where SmoothQuant goes first: the spec and its alpha, or None.
+
+    Raises:
+        ValueError: as for :func:`parse_spec`, or the alpha is not a number.
+    """
+    spec, smooth, alpha = label.partition("+smooth")
+    if not smooth:
+        return parse_spec(label), None
+    try:
+        return parse_spec(spec), float(alpha)
+    except ValueError as error:
+        raise ValueError(f"{label!r}: {error}") from None
+
+
+def _label(spec: lowbit.QuantSpec, smooth: float | None) -> str:
+    return spec.label() if smooth is None else f"{spec.label()}+smooth{smooth:g}"
 
 
 def _origin(device: torch.device) -> dict[str, str]:
@@ -147,12 +170,12 @@ def _measure_model(path: str, name: str, setting: _Setting, options: argparse.Na
         check_vocabulary(calibration, model.get_input_embeddings().num_embeddings)
     windows = [len(token_windows(tokenizer, text.text, seq_len, options.max_windows)) for text in setting.texts]
     base = CachedBase(model, int(options.cache_gb * 1e9))
-    for spec, method in itertools.product(setting.specs, setting.methods):
+    for (spec, smooth), method in itertools.product(setting.specs, setting.methods):
         used = None if method == "rtn" else setting.calibration
         shared = {
             "model": name,
             "method": method,
-            "spec": spec.label(),
+            "spec": _label(spec, smooth),
             "seq_len": str(seq_len),
             "dtype": options.dtype,
         }
@@ -163,13 +186,20 @@ def _measure_model(path: str, name: str, setting: _Setting, options: argparse.Na
             continue
         quantized = copy.deepcopy(model)
         tokens = None if used is None else calibration
-        report = lowbit.quantize_(quantized, spec, method.partition(" ")[0], calibration=tokens, packed=False)
+        report = lowbit.quantize_(
+            quantized,
+            spec,
+            method.partition(" ")[0],
+            calibration=tokens,
+            packed=spec.activations is not None,
+            smooth=smooth,
+        )
         for text, row in todo:
             result = lowbit.evaluate(
                 quantized, tokenizer, text, base=base, seq_len=seq_len, max_windows=options.max_windows, progress=False
             )
             table.put(row | _figures(report, result))
-            print(f"{name} {spec.label()} {method} {row['data']}: ppl {result.ppl:.4f} KL {result.kl:.5f}", flush=True)
+            print(f"{name} {row['spec']} {method} {row['data']}: ppl {result.ppl:.4f} KL {result.kl:.5f}", flush=True)
         # A model's modules refer to each other: without a collection two copies would be alive for a while.
         del quantized
         gc.collect()

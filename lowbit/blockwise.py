@@ -25,6 +25,7 @@ from .calib.rtn import rtn_quantize
 from .fold import apply_fold, exact_folds
 from .mappings import reasons_without_fold, resolve
 from .report import LayerRecord
+from .routed import BLENDED, RoutedInputs
 from .spec import QuantSpec
 from .walk import Block, BlockInputs, BlockRun, LinearGroup, linear_groups, linears, to_device
 
@@ -146,6 +147,7 @@ class _BlockWork:
         kept = [LinearGroup(tuple(n for n in g.names if n in set(wanted)), g.unread) for g in found]
         self.groups = [group for group in kept if group.names]
         self.notes: dict[str, tuple[str, ...]] = {}
+        self.routed = RoutedInputs(block.module, how.device)
 
     def run(self) -> Iterator[LayerRecord]:
         reached = {name for group in self.groups for name in group.names}
@@ -167,17 +169,22 @@ class _BlockWork:
             batches=self.reference_batches,
             unread=unread,
         )
-        with run, ref:
+        with run, ref, self.routed:
             for stage, group in enumerate(self.groups):
                 try:
-                    hessian, drift = self._moments(stage, run, ref)
+                    total, drift = self._moments(stage, run, ref)
+                    hessian, starved = self.routed.resolve(group.names[0], total)
                 except ValueError as error:
                     raise ValueError(f"{self.block.name}.{group.names[0]}: {error}") from error
-                if "gptq" in self.how.method:
+                if starved is not None:
+                    self.notes.update({name: (*self.notes.get(name, ()), starved) for name in group.names})
+                if hessian is None:
+                    reached.difference_update(group.names)
+                elif "gptq" in self.how.method and (starved is None or BLENDED in starved):
                     yield from self._gptq(group.names, hessian, drift)
                 else:
                     for name in group.names:
-                        yield self._round(name, hessian)
+                        yield self._round(name, hessian, "awq" if self.how.method == "awq" else "rtn")
             for name in self.wanted:
                 if name not in reached:
                     yield self._unreached(name)
@@ -185,10 +192,15 @@ class _BlockWork:
                 run.finish()
                 ref.finish()
 
-    def _moments(self, stage: int, run: BlockRun, ref: BlockRun | None) -> tuple[Tensor, CrossMoment | None]:
-        """H of a stage's inputs over all tokens, and their drift from the original model over the reference's."""
-        k = self.modules[self.groups[stage].names[0]].in_features
+    def _moments(self, stage: int, run: BlockRun, ref: BlockRun | None) -> tuple[Hessian, CrossMoment | None]:
+        """H of a stage's inputs over all tokens, and their drift from the original model over the reference's.
+
+        An expert has no drift: the original model may route other tokens to it.
+        """
+        name = self.groups[stage].names[0]
+        k = self.modules[name].in_features
         total = Hessian(k, self.how.device)
+        ref = None if self.routed.is_expert(name) else ref
         drift = CrossMoment(k, self.how.device) if ref is not None and ref.batches else None
         for batch in run.batches:
             x = run.inputs(stage, batch)
@@ -203,7 +215,7 @@ class _BlockWork:
         _return_free_memory()
         if drift is not None:
             total.merge_(drift.hessian)
-        return total.mean(), drift
+        return total, drift
 
     def _gptq(self, names: Sequence[str], hessian: Tensor, drift: CrossMoment | None) -> Iterator[LayerRecord]:
         """All linears of a group at once: they share the Hessian, and rows do not see each other."""
@@ -219,17 +231,17 @@ class _BlockWork:
             losses = float(result.loss.sum()), float(result.rtn_loss.sum())
             yield self._record(name, result.weight, method, losses, float(own.sum()), result.damp_frac, result.notes)
 
-    def _round(self, name: str, hessian: Tensor) -> LayerRecord:
+    def _round(self, name: str, hessian: Tensor, method: str) -> LayerRecord:
         """Round to nearest on the inputs' grid, or on AWQ's clipped one."""
         linear, spec = self.modules[name], self.how.spec
         weight, dtype = linear.weight.detach().float(), linear.weight.dtype
         rtn = rtn_quantize(weight, spec, hessian.diagonal(), scale_dtype=dtype)
-        found = awq_quantize(weight, hessian, spec, scale_dtype=dtype) if self.how.method == "awq" else rtn
+        found = awq_quantize(weight, hessian, spec, scale_dtype=dtype) if method == "awq" else rtn
         loss, rtn_loss, energy = (
             float(output_loss(candidate, weight, hessian).sum())
             for candidate in (dequantize(found), dequantize(rtn), torch.zeros_like(weight))
         )
-        return self._record(name, found, self.how.method, (loss, rtn_loss), energy)
+        return self._record(name, found, method, (loss, rtn_loss), energy)
 
     def _record(
         self,
@@ -266,7 +278,9 @@ class _BlockWork:
         with BlockRun(block, self.inputs, self.index, stops, self.how.device, keep=self._fits()) as run:
             hessians: dict[str, Tensor] = {}
             for stage, group in enumerate(self.groups):
-                hessians.update(dict.fromkeys(group.names, self._moments(stage, run, None)[0]))
+                total = self._moments(stage, run, None)[0]
+                if not self.routed.is_expert(group.names[0]):  # no fold reaches into experts
+                    hessians.update(dict.fromkeys(group.names, total.mean()))
         block.float()  # scales are found, tested and applied in float32; the block's own dtype rounds once at the end
         folds = [f for f in resolve(block, self.how.model_type) if all(b in hessians for b in f.balance)]
         good, bad = exact_folds(block, folds, *self._one_sequence())
@@ -296,7 +310,8 @@ class _BlockWork:
         """Whether all batches can stay halted inside the block at once."""
         tokens = sum(h.shape[0] * h.shape[1] for h in self.inputs.hidden)
         size = self.inputs.hidden[0].element_size()
-        widths = sum(self.modules[g.names[0]].in_features for g in self.groups) + 4 * self.inputs.hidden[0].shape[-1]
+        widths = 4.0 * self.inputs.hidden[0].shape[-1]
+        widths += sum(self.modules[g.names[0]].in_features * self.routed.share(g.names[0]) for g in self.groups)
         streams = 1 + len(self.reference_batches) / len(self.inputs.hidden)
         return tokens * widths * size * streams < _MEMORY_SHARE * _free_bytes(self.how.device)
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 import lowbit
+from lowbit.activations import build_spec, check_request
 
 __all__ = ["app", "main"]
 
@@ -25,6 +26,7 @@ EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 Method = Literal["gptq", "awq", "rtn", "awq+gptq"]
+Activations = Literal["int8", "int8-static"]
 Target = Literal["compressed-tensors", "gptq", "gptq-v2", "awq", "dense"]
 
 app = typer.Typer(
@@ -39,6 +41,9 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model folde
 DeviceOption = Annotated[str, typer.Option(help="auto (CUDA when there is one, else CPU), cpu, cuda, cuda:N.")]
 DtypeOption = Annotated[str, typer.Option(help="Compute dtype: auto (the model's own), float32, float16 or bfloat16.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model; refused without this.")
+]
 DataHelp = "wikitext2, FILE.txt, FILE.jsonl (a 'text' field per line), or HUB_ID[:CONFIG]"
 
 
@@ -66,9 +71,20 @@ def quantize_command(
     model: ModelArgument,
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write; it appears only when it is complete.")],
     bits: Annotated[int, typer.Option(help="Bits per weight: 2, 4 or 8 have a file format.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Columns sharing a scale: 32, 64, 128, or -1 for a whole row.")] = 128,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Columns sharing a scale: 32, 64, 128, or -1 for a whole row. Default: 128; with int8: -1."),
+    ] = None,
     symmetric: Annotated[
         bool | None, typer.Option("--symmetric/--asymmetric", help="Default: symmetric from 4 bits on.")
+    ] = None,
+    activations: Annotated[
+        Activations | None,
+        typer.Option(help="W8A8, with --bits 8: a scale per token (int8), or one per layer by calibration (-static)."),
+    ] = None,
+    smooth: Annotated[
+        float | None,
+        typer.Option(metavar="ALPHA", help="SmoothQuant before int8: share of the range moved into weights, e.g. 0.5."),
     ] = None,
     method: Annotated[Method, typer.Option(help="How the codes are chosen.")] = "gptq",
     calibration: Annotated[
@@ -88,17 +104,21 @@ def quantize_command(
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="Go on where under 90 % of the decoder's weights can be quantized.")
     ] = False,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize MODEL and write a packed checkpoint to OUT."""
     with _reporting(context, as_json) as emit:
-        lowbit.QuantSpec(bits, group_size, symmetric)  # type: ignore[arg-type]  # refuses before torch is imported
+        spec = build_spec(bits, group_size, symmetric, activations)  # refuses before torch is imported
+        check_request(spec, method, smooth, calibrated=True, packed=True)
         report = lowbit.quantize(
             model,
             out,
             bits,
             group_size=group_size,
             symmetric=symmetric,
+            activations=activations,
+            smooth=smooth,
             method=method,
             calibration=calibration,
             samples=samples,
@@ -109,6 +129,7 @@ def quantize_command(
             seed=seed,
             overwrite=overwrite,
             allow_partial=allow_partial,
+            trust_remote_code=trust_remote_code,
         )
         emit(report.to_dict(), None)  # quantize() has printed its summary
 
@@ -127,6 +148,7 @@ def eval_command(
     max_windows: Annotated[int | None, typer.Option(help="Only the first windows; default: all.")] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure MODEL's perplexity on a text, and with --base what quantization changed."""
@@ -134,8 +156,16 @@ def eval_command(
         from lowbit.data import load_text
 
         text = load_text(data, "test")  # before the model: a mistyped path should not cost a minute
-        loaded, tokenizer = lowbit.load(model, device=device, dtype=dtype)
-        result = lowbit.evaluate(loaded, tokenizer, text, base=base, seq_len=seq_len, max_windows=max_windows)
+        loaded, tokenizer = lowbit.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        result = lowbit.evaluate(
+            loaded,
+            tokenizer,
+            text,
+            base=base,
+            seq_len=seq_len,
+            max_windows=max_windows,
+            trust_remote_code=trust_remote_code,
+        )
         compared = {} if base is None else {"base": base}
         emit({"model": model, **compared, **result.to_dict()}, str(result))
 

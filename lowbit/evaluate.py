@@ -91,6 +91,7 @@ def evaluate(
     seq_len: int | None = None,
     max_windows: int | None = None,
     progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> EvalResult:
     """Measures a causal language model on a text, by itself and against ``base``.
 
@@ -103,6 +104,7 @@ def evaluate(
         seq_len: tokens per window; None is the smaller of 2048 and the model's context.
         max_windows: only the first windows; None is all of them.
         progress: show a bar on stderr.
+        trust_remote_code: run the Python code of a ``base`` that is loaded here.
 
     Returns:
         :class:`EvalResult`; sums are accumulated in float64.
@@ -125,7 +127,8 @@ def evaluate(
     if isinstance(base, (str, os.PathLike)):
         from .hf import load
 
-        base, _ = load(os.fspath(base), device=str(embedding.weight.device), dtype=dtype)
+        where = str(embedding.weight.device)
+        base, _ = load(os.fspath(base), device=where, dtype=dtype, trust_remote_code=trust_remote_code)
     if base is not None:
         check_vocabulary(windows, base.get_input_embeddings().weight.shape[0])
         if seq_len > context_length(base):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .experts import Experts
 from .report import SkippedWeight
 from .spec import QuantSpec
 from .walk import Block
@@ -140,6 +141,8 @@ def _reason(
         return "the model itself is an nn.Linear, which cannot be replaced in place"
     if not name.endswith(".weight"):
         return "not the weight of its nn.Linear"
+    if isinstance(parent, nn.Module) and any(isinstance(child, Experts) for child in parent.children()):
+        return "router of a mixture of experts, kept in the model's dtype"
     if others:
         return f"shared with {', '.join(others)}"
     if isinstance(parent, _READ_THEIR_CHILDREN):
@@ -154,6 +157,8 @@ def _computes_a_linear(module: nn.Linear) -> bool:
     """False for subclasses, such as the routers of some mixtures of experts, that only store their weight like one."""
     if type(module).forward is nn.Linear.forward:
         return True
+    if module.weight.is_meta:  # nothing to compare yet
+        return False
     k, weight = module.in_features, module.weight
     x = torch.linspace(-1, 1, 2 * k, device=weight.device).reshape(2, k).to(weight.dtype)
     try:
@@ -179,7 +184,7 @@ def _check(plan: Plan, model: nn.Module, spec: QuantSpec) -> None:
         shown = "\n  ".join(problems[:5]) + (f"\n  and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise ValueError(f"{shown}\n  choose another group size, or leave these layers out with ignore")
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+        if parameter.is_floating_point() and not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"{name} contains NaN or infinite values; the model cannot be quantized")
 
 

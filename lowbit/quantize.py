@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .activations import build_spec, check_request, needs_ranges, needs_text
 from .affine import QuantizedWeight, dequantize
 from .blockwise import METHODS, Calibration, quantize_blocks, quantize_dense
-from .data import TextSource, check_vocabulary, load_text, token_windows
+from .data import check_vocabulary, load_text
 from .evaluate import context_length
-from .linear import QuantLinear
-from .plan import Plan, make_plan
+from .linear import Int8Linear, QuantLinear
+from .linearize import place, plan_linearized
+from .plan import Plan
 from .progress import track
 from .report import LayerRecord, QuantReport
+from .smooth import InputRanges, measure_inputs
 from .spec import PACKED_BITS, QuantSpec
-from .walk import capture_block_inputs, find_blocks, linears
+from .walk import Block, BlockInputs, block_stacks, capture_block_inputs, find_blocks, linears
+from .windows import choose_windows, enough
 
 __all__ = ["quantize", "quantize_"]
 
-_SAMPLES = 128
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
@@ -44,6 +46,7 @@ def quantize_(
     device: str | torch.device | None = None,
     packed: bool = True,
     correct: bool = True,
+    smooth: float | None = None,
     allow_partial: bool = False,
     progress: bool = False,
 ) -> QuantReport:
@@ -55,14 +58,15 @@ def quantize_(
 
     Args:
         model: changed in place, also when the call is interrupted half-way.
-        spec: the grid; 2, 4 or 8 bits when ``packed``.
+        spec: the grid; 2, 4 or 8 bits when ``packed``. With activations: ``rtn`` or ``gptq``, symmetric, packed.
         method: ``rtn``, ``gptq``, ``awq`` or ``awq+gptq``; all but ``rtn`` need calibration data.
         calibration: token ids ``(windows, seq_len)`` int64, or None.
         ignore: regular expressions searched for in module names; what matches stays dense.
         device: where to compute; the weights end up where they were. Default: where the first weight is.
-        packed: replace each linear by a :class:`lowbit.QuantLinear`. False keeps the ``nn.Linear`` with its dequantized
-            weight, to measure widths that have no packed form.
+        packed: replace each linear by a :class:`lowbit.QuantLinear`, or an Int8Linear where activations are quantized.
+            False keeps the ``nn.Linear`` with its dequantized weight, to measure widths that have no packed form.
         correct: aim GPTQ at the original model's outputs (:func:`lowbit.calib.hessian.corrected_target`).
+        smooth: SmoothQuant's migration strength (:mod:`lowbit.smooth`), for quantized activations only.
         allow_partial: accept that less than 90 % of the decoder's weights is covered.
         progress: show a bar on stderr.
 
@@ -73,10 +77,11 @@ def quantize_(
         ValueError: bad arguments, weights that cannot be quantized, or too little coverage, before anything is changed.
     """
     _check_method(method, spec, calibration, packed)
-    blocks = find_blocks(model) if calibration is not None else None
+    check_request(spec, method, smooth, calibrated=calibration is not None, packed=packed)
     if calibration is not None:
+        find_blocks(model)
         _check_tokens(model, calibration)
-    plan = make_plan(model, blocks, spec, ignore, allow_partial=allow_partial)
+    plan = plan_linearized(model, spec, ignore, in_blocks=calibration is not None, allow_partial=allow_partial)
     where = torch.device(device) if device is not None else next(model.parameters()).device
     report = QuantReport(type(model).__name__, method, spec, plan.coverage, skipped=list(plan.skipped))
     if calibration is not None:
@@ -87,7 +92,7 @@ def quantize_(
     try:
         how = Calibration(spec, method, where, _model_type(model), correct)
         store = _Store(model, packed)
-        _run(model, plan, calibration, how, store, report, progress)
+        _run(model, plan, calibration, how, store, report, progress, smooth)
     finally:
         for name, module in model.named_modules():
             module.training = training.get(name, False)
@@ -147,6 +152,7 @@ def _run(
     store: _Store,
     report: QuantReport,
     progress: bool,
+    smooth: float | None = None,
 ) -> None:
     """Quantize a model in place and fill in the report."""
     started = time.perf_counter()
@@ -160,6 +166,9 @@ def _run(
                 f"singular and held up by damping; use more samples"
             )
     report.base_bytes = _tensor_bytes(model)
+    if tokens is not None and needs_ranges(how.spec, smooth):
+        store.inputs = _measure(model, plan, tokens, how, smooth)
+        report.notes += store.inputs.notes()
     records = _records(model, plan, tokens, how, store)
     report.layers = list(track(records, f"{how.method} {how.spec.label()}", len(plan.targets), progress))
     report.packed_bytes = _tensor_bytes(model)
@@ -173,22 +182,39 @@ def _records(
     if tokens is None:
         yield from quantize_dense(model, plan.targets, how.spec, how.device, store)
         return
-    blocks = find_blocks(model)
+    for stack in block_stacks(find_blocks(model)):
+        yield from quantize_blocks(stack, plan.targets, _block_inputs(model, stack, tokens, how), how, store)
+
+
+def _block_inputs(model: nn.Module, blocks: Sequence[Block], tokens: Tensor, how: Calibration) -> BlockInputs:
     embedding_device = next(model.parameters()).device
     rows = max(1, _BATCH_TOKENS.get(how.device.type, _BATCH_TOKENS["cuda"]) // tokens.shape[1])
     batches = [batch.to(embedding_device) for batch in tokens.split(rows)]
-    inputs = capture_block_inputs(model, blocks, batches)
-    yield from quantize_blocks(blocks, plan.targets, inputs, how, store)
+    return capture_block_inputs(model, blocks, batches)
+
+
+def _measure(model: nn.Module, plan: Plan, tokens: Tensor, how: Calibration, smooth: float | None) -> InputRanges:
+    blocks = find_blocks(model)
+    if len(block_stacks(blocks)) > 1:
+        raise ValueError(
+            f"{type(model).__name__}: static activations and smoothing need a model of one stack of blocks"
+        )
+    inputs = _block_inputs(model, blocks, tokens, how)
+    static = needs_ranges(how.spec, None)
+    return measure_inputs(
+        blocks, plan.targets, inputs, how.device, static=static, alpha=smooth, model_type=how.model_type
+    )
 
 
 class _Store:
-    """Where quantized weights go: into QuantLinears that replace the linears once their block is done."""
+    """Where quantized weights go: into modules that replace the linears once their block is done."""
 
     def __init__(self, model: nn.Module, packed: bool) -> None:
         self._model, self._packed = model, packed
         self._bits = self._weights = 0
-        self._pending: list[tuple[str, QuantLinear]] = []
-        self.modules: dict[str, QuantLinear] = {}
+        self._pending: list[tuple[str, QuantLinear | Int8Linear]] = []
+        self.modules: dict[str, QuantLinear | Int8Linear] = {}
+        self.inputs = InputRanges()
 
     def __call__(self, name: str, linear: nn.Linear, qw: QuantizedWeight) -> None:
         n, k = qw.codes.shape
@@ -199,13 +225,12 @@ class _Store:
             linear.weight.data = dequantize(qw).to(linear.weight)
             return
         bias = None if linear.bias is None else linear.bias.detach()
-        self._pending.append((name, QuantLinear.from_quantized(qw, bias)))
+        self._pending.append((name, self.inputs.pack(name, qw, bias)))
 
     def flush(self, device: torch.device) -> None:
         """Swap the finished modules in, on ``device``."""
         for name, module in self._pending:
-            parent, _, child = name.rpartition(".")
-            setattr(self._model.get_submodule(parent), child, module.to(device))
+            place(self._model, name, module.to(device))
             self.modules[name] = module
         self._pending.clear()
 
@@ -224,8 +249,10 @@ def quantize(
     out: str | os.PathLike[str],
     bits: int = 4,
     *,
-    group_size: int = 128,
+    group_size: int | None = None,
     symmetric: bool | None = None,
+    activations: str | None = None,
+    smooth: float | None = None,
     method: str = "gptq",
     calibration: str | os.PathLike[str] | None = None,
     samples: int | None = None,
@@ -246,10 +273,14 @@ def quantize(
     Args:
         model: folder or hub id of a causal language model.
         out: folder to write.
-        bits, group_size, symmetric: see :class:`lowbit.QuantSpec`; 2, 4 and 8 bits have a file format.
+        bits, symmetric: see :class:`lowbit.QuantSpec`; 2, 4 and 8 bits have a file format.
+        group_size: columns that share a scale. Default: 128, and the whole row (-1) with quantized activations.
+        activations: ``int8`` (a scale per token) or ``int8-static`` (one per layer, by calibration): W8A8, with bits 8,
+            whole rows, symmetric, and the methods ``gptq`` and ``rtn``. Default: left alone.
+        smooth: SmoothQuant's migration strength between 0 and 1 (:mod:`lowbit.smooth`), with ``activations`` only.
         method: ``gptq``, ``awq``, ``rtn`` or ``awq+gptq``.
         calibration: ``wikitext2``, a ``.txt`` or ``.jsonl`` file, or a hub id. None: wikitext2, or nothing for ``rtn``,
-            which weighs its grid by the inputs only when a text is given. Windows are taken from a file's beginning,
+            which weighs its grid by the inputs only when there is a text. Windows are taken from a file's beginning,
             from a hub data set at random.
         samples: windows to calibrate on; None takes up to 128. A number the text cannot give is an error.
         seq_len: tokens per window, cut to the model's context.
@@ -272,8 +303,9 @@ def quantize(
     from . import hf
     from .checkpoint import CheckpointWriter, check_output
 
-    spec = QuantSpec(bits, group_size, symmetric)  # type: ignore[arg-type]  # None is resolved by the spec
-    if calibration is None and method != "rtn":
+    spec = build_spec(bits, group_size, symmetric, activations)
+    check_request(spec, method, smooth, calibrated=True, packed=True)
+    if calibration is None and needs_text(spec, method, smooth):
         calibration = "wikitext2"
     _check_method(method, spec, torch.zeros(1, 1, dtype=torch.int64), True)
     _check_counts(samples, seq_len)
@@ -286,25 +318,24 @@ def quantize(
     text = (
         None
         if calibration is None
-        else load_text(calibration, "train", max_chars=_enough(calibration, samples, seq_len))
+        else load_text(calibration, "train", max_chars=enough(calibration, samples, seq_len))
     )
     loaded, tokenizer = hf.load_dense(model, dtype=dtype, trust_remote_code=trust_remote_code)
     tokens = None
     report = QuantReport(os.fspath(model), method, spec, 0.0, out=os.fspath(out))
     if text is not None:
         seq_len = min(seq_len, context_length(loaded))
-        tokens = _choose_windows(tokenizer, text, samples, seq_len, seed)
+        tokens = choose_windows(tokenizer, text, samples, seq_len, seed)
         check_vocabulary(tokens, loaded.get_input_embeddings().num_embeddings)
         report.calibration = _calibration_record(text.name, text.sha256, tokens)
-    blocks = find_blocks(loaded)
-    plan = make_plan(loaded, blocks, spec, ignore, allow_partial=allow_partial)
+    plan = plan_linearized(loaded, spec, ignore, in_blocks=True, allow_partial=allow_partial)
     report.coverage, report.skipped = plan.coverage, list(plan.skipped)
     report.seconds["load"] = time.perf_counter() - started
     with CheckpointWriter(out, overwrite=overwrite) as writer:
         if verbose:
             print(_describe(report, plan, loaded, where), file=sys.stderr)
         how = Calibration(spec, method, where, _model_type(loaded))
-        _run(loaded, plan, tokens, how, _Store(loaded, packed=True), report, verbose)
+        _run(loaded, plan, tokens, how, _Store(loaded, packed=True), report, verbose, smooth)
         _write(writer, loaded, tokenizer, model, report)
     if verbose:
         print(report.summary())
@@ -318,52 +349,16 @@ def _check_counts(samples: int | None, seq_len: int) -> None:
         raise ValueError(f"seq_len must be at least 2 tokens, got {seq_len}")
 
 
-def _enough(calibration: str | os.PathLike[str], samples: int | None, seq_len: int) -> int | None:
-    """Characters that surely hold the windows asked for; a hub data set is streamed no further. None reads all."""
-    return None if os.fspath(calibration) == "wikitext2" else 2 * 8 * (samples or _SAMPLES) * seq_len
-
-
-def _choose_windows(tokenizer: Any, text: TextSource, samples: int | None, seq_len: int, seed: int) -> Tensor:
-    wanted = samples or _SAMPLES
-    if text.is_file:
-        windows = _first_windows(tokenizer, text.text, seq_len, wanted)
-    else:
-        windows = token_windows(tokenizer, text.text, seq_len)
-        windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:wanted]]
-    if samples is not None and len(windows) < samples:
-        raise ValueError(
-            f"calibration text {text.name!r} holds {len(windows)} windows of {seq_len} tokens, {samples} were asked "
-            f"for; use a longer text, fewer samples or a shorter seq_len"
-        )
-    return windows
-
-
-def _first_windows(tokenizer: Any, text: str, seq_len: int, wanted: int) -> Tensor:
-    """The first windows of a text, tokenizing no more of it than they need: a long text's tokens take much memory.
-
-    Part of the text is cut off at a line's end and one window more is asked for than used, so that the cut cannot show
-    in any token that is kept.
-    """
-    length = 6 * seq_len * (wanted + 1)
-    while length < len(text):
-        end = text.rfind("\n", 0, length)
-        with suppress(ValueError):  # a part of less than one window is no error yet
-            windows = token_windows(tokenizer, text[: max(end, 0)], seq_len)
-            if len(windows) > wanted:
-                return windows[:wanted]
-        length *= 2
-    return token_windows(tokenizer, text, seq_len, wanted)
-
-
 def _write(writer: Any, model: Any, tokenizer: Any, source: str | os.PathLike[str], report: QuantReport) -> None:
     from . import hf
     from .checkpoint import linear_tensors, quantization_config
 
     started = time.perf_counter()
-    packed = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, (QuantLinear, Int8Linear))}
     stored = hf.checkpoint_names(model, packed)
     for name, module in packed.items():
-        for key, tensor in linear_tensors(stored[name], module.quantized_weight()).items():
+        scale = getattr(module, "input_scale", None)
+        for key, tensor in linear_tensors(stored[name], module.quantized_weight(), scale).items():
             writer.add(key, tensor)
     for name, tensor in hf.dense_tensors(model, packed):
         writer.add(name, tensor)

@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .blocks import Block, block_stacks, find_blocks, is_encoder_decoder, linears
+
 __all__ = [
     "Block",
     "BlockInputs",
     "BlockRun",
     "LinearGroup",
+    "block_stacks",
     "call_block",
     "capture_block_inputs",
     "find_blocks",
@@ -35,14 +38,6 @@ __all__ = [
 ]
 
 Args = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Block:
-    """One decoder block: its dotted name in the model and the module."""
-
-    name: str
-    module: nn.Module
 
 
 @dataclass(frozen=True)
@@ -73,29 +68,6 @@ class BlockInputs:
     arguments: list[list[Args]]
     keyword: bool = False
     tokens: int = field(default=0)
-
-
-def find_blocks(model: nn.Module) -> list[Block]:
-    """The decoder blocks, in order: the children of the outermost ``ModuleList`` holding the most linear weights.
-
-    Raises:
-        ValueError: the model has no ``ModuleList`` with linear layers in it; lists what it has.
-    """
-    best: tuple[int, str, nn.ModuleList] | None = None
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
-            size = sum(p.numel() for p in module.parameters() if p.ndim >= 2)
-            if size and (best is None or size > best[0]):  # a nested list is never larger than the one around it
-                best = (size, name, module)
-    if best is None:
-        children = [f"{name} ({type(child).__name__})" for name, child in model.named_children()]
-        raise ValueError(f"{type(model).__name__}: found no ModuleList of decoder blocks; its children are {children}")
-    return [Block(f"{best[1]}.{i}", child) for i, child in enumerate(best[2])]
-
-
-def linears(module: nn.Module) -> dict[str, nn.Linear]:
-    """Every ``nn.Linear`` below ``module`` by dotted name, in definition order; a shared module appears once."""
-    return {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
 
 
 def _is_hidden(value: Any) -> bool:
@@ -143,10 +115,12 @@ def capture_block_inputs(model: nn.Module, blocks: Sequence[Block], batches: Seq
 
     For the pass every block hands its hidden states through unchanged, and all batches but the first end at the last
     block, so it costs the embeddings and the masks only; a block class is run for real once, to learn whether it
-    returns a tensor or a tuple.
+    returns a tensor or a tuple. Blocks that return more than their hidden states (T5's position bias) run each time.
 
     Args:
-        model: a causal LM, in eval mode, callable as ``model(input_ids, use_cache=False)``.
+        model: a language model, in eval mode, callable as ``model(input_ids, use_cache=False)``; an encoder-decoder's
+            decoder is given the same tokens.
+        blocks: one stack of them.
         batches: token ids, each ``(B, T)`` int64, on the device of the embeddings.
 
     Raises:
@@ -154,7 +128,8 @@ def capture_block_inputs(model: nn.Module, blocks: Sequence[Block], batches: Seq
     """
     caught = BlockInputs([], [[] for _ in blocks])
     originals = [block.module.forward for block in blocks]
-    as_tuple: dict[type, bool] = {}
+    as_tuple: dict[type, int] = {}  # items of the tuple a block returns, 0 for a tensor
+    both = is_encoder_decoder(model)
 
     def recorder(index: int) -> Callable[..., Any]:
         block, original = blocks[index], originals[index]
@@ -168,11 +143,14 @@ def capture_block_inputs(model: nn.Module, blocks: Sequence[Block], batches: Seq
             seen = caught.arguments[index]
             seen.append(seen[0] if seen and _same(seen[0], rest) else rest)
             kind = type(block.module)
-            if kind not in as_tuple:
-                as_tuple[kind] = isinstance(original(*args, **kwargs), (tuple, list))
+            others: tuple[Any, ...] = ()
+            if as_tuple.get(kind, 2) > 1:
+                output = original(*args, **kwargs)
+                as_tuple[kind] = len(output) if isinstance(output, (tuple, list)) else 0
+                others = tuple(output[1:]) if as_tuple[kind] else ()
             if index == len(blocks) - 1 and len(seen) > 1:
                 raise _AllCaught
-            return (hidden,) if as_tuple[kind] else hidden
+            return (hidden, *others) if as_tuple[kind] else hidden
 
         return forward
 
@@ -182,7 +160,7 @@ def capture_block_inputs(model: nn.Module, blocks: Sequence[Block], batches: Seq
             undo.callback(_restore_forward, block.module)
         for batch in batches:
             with contextlib.suppress(_AllCaught):
-                model(batch, use_cache=False)
+                model(batch, use_cache=False, **({"decoder_input_ids": batch} if both else {}))
             caught.tokens += batch.numel()
     for block, seen in zip(blocks, caught.arguments, strict=True):
         if len(seen) != len(batches):
@@ -239,7 +217,7 @@ def _storage(tensor: Tensor) -> int:
 def linear_groups(block: Block, inputs: BlockInputs, index: int, device: torch.device) -> list[LinearGroup]:
     """Which linears of a block read the same tensor, in execution order, found by running it on the first batch.
 
-    A linear that was not reached (a starved expert) is not in any group.
+    A linear that was not reached is not in any group. One that was reached by no token (an expert) is.
 
     Raises:
         ValueError: a linear runs more than once in one forward pass of the block.
@@ -255,7 +233,9 @@ def linear_groups(block: Block, inputs: BlockInputs, index: int, device: torch.d
             if name in seen:
                 raise ValueError(f"{block.name}.{name} runs more than once in one forward pass; leave it out by ignore")
             seen.add(name)
-            key = (args[0].data_ptr(), args[0].numel(), args[0]._version)
+            # Empty tensors all have the address 0; readers of one are handed the same object.
+            place = args[0].data_ptr() if args[0].numel() else id(args[0])
+            key = (place, args[0].numel(), args[0]._version)
             if key not in groups:
                 kept.append(args[0])
                 starts.append(reads.count)
@@ -268,8 +248,9 @@ def linear_groups(block: Block, inputs: BlockInputs, index: int, device: torch.d
             undo.callback(linear.register_forward_pre_hook(hook(name)).remove)
         undo.enter_context(reads)
         call_block(block.module, inputs.hidden[0], inputs.arguments[index][0], inputs.keyword, device)
-    entered = _storage(inputs.hidden[0])
-    ends = [reads.last[_storage(x)] if _storage(x) != entered else reads.count for x in kept]
+    given = (inputs.hidden[0], inputs.arguments[index][0])  # not the block's to empty: T5's encoder states, for one
+    entered = {_storage(value) for value in tree_leaves(given) if isinstance(value, Tensor)}
+    ends = [reads.last[_storage(x)] if _storage(x) not in entered else reads.count for x in kept]
     return [
         LinearGroup(
             tuple(names), frozenset().union(*(g for g, end in zip(groups.values(), ends, strict=True) if end <= start))

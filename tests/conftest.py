@@ -1,5 +1,6 @@
 """Fixtures for every test: fixed seeds, the devices there are, and uninitialised memory that shows."""
 
+import signal
 import sys
 
 import pytest
@@ -49,3 +50,11 @@ def pytest_terminal_summary(terminalreporter):
     reasons = [report.longrepr[2] for report in skipped if isinstance(report.longrepr, tuple)]
     for reason in sorted(set(reasons)):
         terminalreporter.write_line(f"{reasons.count(reason)} x {reason}")
+
+
+@pytest.fixture
+def interruptible():
+    """Children of this test can be interrupted, also when the tests run in a background job, which ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -428,7 +428,7 @@ def test_a_full_disk(model, packed, tmp_path, too_much):
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.7], ids=["at the start", "in the middle"])
-def test_ctrl_c_while_quantizing(out, tmp_path, delay):
+def test_ctrl_c_while_quantizing(interruptible, out, tmp_path, delay):
     before, source = tree(tmp_path), tree(BOOKS_4M)
     options = ["--calibration", TEXT, "--samples", "16", "--seq-len", "256", "--device", "cpu"]
     command = [sys.executable, "-m", "lowbit", *arguments(BOOKS_4M, out, *options)]

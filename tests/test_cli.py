@@ -65,9 +65,9 @@ def test_quantize_passes_the_documented_defaults(public, capsys):
         (
             ("model", "out", 4),
             {
-                "group_size": 128, "symmetric": None, "method": "gptq", "calibration": None, "samples": None,
-                "seq_len": 2048, "ignore": (), "device": "auto", "dtype": "auto", "seed": 0, "overwrite": False,
-                "allow_partial": False,
+                "group_size": None, "symmetric": None, "activations": None, "smooth": None, "method": "gptq",
+                "calibration": None, "samples": None, "seq_len": 2048, "ignore": (), "device": "auto", "dtype": "auto",
+                "seed": 0, "overwrite": False, "allow_partial": False, "trust_remote_code": False,
             },
         )
     ]  # fmt: skip
@@ -80,12 +80,22 @@ def test_quantize_passes_every_option(public):
     line = "--bits 8 --group-size -1 --asymmetric --method awq+gptq --calibration a.txt --samples 3 --seq-len 64"
     line += " --seed 7"
     line += " --ignore lm_head --ignore .*down_proj --device cpu --dtype float32 --overwrite --allow-partial"
+    line += " --trust-remote-code"
     assert main(["quantize", "model", "out", *line.split()]) == 0
     assert options == {
-        "bits": 8, "group_size": -1, "symmetric": False, "method": "awq+gptq", "calibration": "a.txt", "samples": 3,
-        "seq_len": 64, "ignore": ("lm_head", ".*down_proj"), "device": "cpu", "dtype": "float32", "seed": 7,
-        "overwrite": True, "allow_partial": True,
+        "bits": 8, "group_size": -1, "symmetric": False, "activations": None, "smooth": None, "method": "awq+gptq",
+        "calibration": "a.txt", "samples": 3, "seq_len": 64, "ignore": ("lm_head", ".*down_proj"),
+        "device": "cpu", "dtype": "float32", "seed": 7,
+        "overwrite": True, "allow_partial": True, "trust_remote_code": True,
     }  # fmt: skip
+
+
+def test_quantize_passes_activations_and_smoothing(public):
+    options = {}
+    public("quantize", lambda model, out, bits, **given: options.update(bits=bits, **given) or _report())
+    assert main(["quantize", "model", "out", *["--bits", "8", "--activations", "int8-static", "--smooth", "0.5"]]) == 0
+    given = {name: options[name] for name in ("bits", "group_size", "symmetric", "activations", "smooth")}
+    assert given == {"bits": 8, "group_size": None, "symmetric": None, "activations": "int8-static", "smooth": 0.5}
 
 
 def _report():
@@ -186,7 +196,16 @@ def test_usage_errors_end_with_status_2_and_an_empty_stdout_but_for_help(public,
 
 @pytest.mark.parametrize(
     ("options", "complaint"),
-    [("--bits 7", r"bits must be one of (2, 3, 4, 5, 6, 8), got 7"), ("--group-size 48", "group_size must be one of")],
+    [
+        ("--bits 7", r"bits must be one of (2, 3, 4, 5, 6, 8), got 7"),
+        ("--group-size 48", "group_size must be one of"),
+        ("--activations int8", "8 bits in whole rows (bits 8, group_size -1), symmetric; got bits 4"),
+        ("--activations int8 --bits 8 --group-size 128", "got bits 8, group_size 128, symmetric"),
+        ("--activations int8 --bits 8 --asymmetric", "got bits 8, group_size -1, asymmetric"),
+        ("--activations int8 --bits 8 --method awq", "the method must be one of ('gptq', 'rtn'), got 'awq'"),
+        ("--activations int8 --bits 8 --smooth 1.5", "smooth must lie between 0 and 1"),
+        ("--bits 8 --smooth 0.5", "it goes with activations int8 or int8-static"),
+    ],
 )
 def test_an_impossible_spec_is_refused_before_anything_is_loaded(public, capsys, options, complaint):
     public("quantize", raising(AssertionError("must not be called")))
@@ -258,7 +277,7 @@ def test_cuda_without_cuda_ends_with_status_2_and_one_message(capsys):
     assert "cuda" in only_error(capsys)
 
 
-def test_ctrl_c_ends_with_status_130_and_one_line():
+def test_ctrl_c_ends_with_status_130_and_one_line(interruptible):
     """A real interrupt of a real process, in the middle of a command's work."""
     code = """
         import sys, time, lowbit

@@ -230,7 +230,7 @@ def test_figures_on_something_else_are_not_put_beside(scripts, copied, tmp_path,
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--specs", "w4g128"], "a spec looks like w4g128asym or w8gchsym, got 'w4g128'"),
+        (["--specs", "w4g128"], "a spec looks like w4g128asym, w8gchsym, w8a8dyn or w8a8static, got 'w4g128'"),
         (["--specs", "w9g128sym"], "bits must be one of"),
         (["--methods", "rtn,gtpq"], "--methods are of rtn, .*got gtpq"),
         (["--samples", "0"], "--samples must be at least 1, got 0"),
@@ -479,3 +479,22 @@ def test_the_peers_script_knows_the_options_it_is_given(scripts):
 
 def is_option(node):
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument"
+
+
+@pytest.mark.parametrize(
+    ("label", "spec", "smooth"),
+    [
+        ("w8a8dyn", "w8a8gchsym", None),
+        ("w8a8static", "w8a8staticgchsym", None),
+        ("w8a8static+smooth0.5", "w8a8staticgchsym", 0.5),
+    ],
+)
+def test_activations_and_smoothing_have_labels_of_their_own(scripts, label, spec, smooth):
+    found, alpha = scripts.quality_table.parse_request(label)
+    assert (found.label(), alpha) == (spec, smooth)
+    assert scripts.quality_table.parse_spec(found.label()) == found
+
+
+def test_a_smoothing_that_is_no_number_is_refused(scripts):
+    with pytest.raises(ValueError, match=r"w8a8dyn\+smoothly"):
+        scripts.quality_table.parse_request("w8a8dyn+smoothly")

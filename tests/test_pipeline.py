@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import lowbit
 from lowbit import QuantLinear, QuantSpec, hf
 from lowbit.data import load_text, token_windows
-from lowbit.quantize import _first_windows
+from lowbit.windows import first_windows
 from tiny_models import BOOKS_4M, tiny_folder
 
 DATA = BOOKS_4M.parent
@@ -316,7 +316,7 @@ def test_a_part_of_a_text_gives_the_same_first_windows_as_the_whole(base):
     tokenizer, text = base[1], CALIB.read_text()
     whole = token_windows(tokenizer, text, 64)
     for wanted in (1, 7, 40):
-        assert torch.equal(_first_windows(tokenizer, text, 64, wanted), whole[:wanted])
+        assert torch.equal(first_windows(tokenizer, text, 64, wanted), whole[:wanted])
 
 
 def test_a_part_of_a_text_without_one_window_is_no_reason_to_refuse_it():
@@ -325,7 +325,7 @@ def test_a_part_of_a_text_without_one_window_is_no_reason_to_refuse_it():
             return SimpleNamespace(input_ids=list(range(text.count("\n"))))
 
     text = ("x" * 999 + "\n") * 200  # the part tried first, of 8 characters per token, holds 1 token
-    assert torch.equal(_first_windows(OneTokenPerLine(), text, 64, 2), torch.arange(128).reshape(2, 64))
+    assert torch.equal(first_windows(OneTokenPerLine(), text, 64, 2), torch.arange(128).reshape(2, 64))
 
 
 # --- the command line, as the README shows it

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.core_model_loading import revert_weight_conversion
 
+from .experts import revert_names
 from .loading import TOKENIZER_FILES
 from .source import resolve
 
 __all__ = ["checkpoint_names", "companion_files", "config_dict", "dense_tensors", "ignore_names"]
 
-_PACKED_PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+_PACKED_PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "input_scale")
 _COMPANIONS = (
     *TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt", "generation_config.json",
     "chat_template.jinja", "chat_template.json", "processor_config.json", "preprocessor_config.json",
@@ -35,7 +35,7 @@ def checkpoint_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, 
     """
     names = list(names)
     markers = {name: torch.empty(0) for name in names}
-    reverted = revert_weight_conversion(model, {f"{name}.weight_packed": marker for name, marker in markers.items()})
+    reverted = revert_names(model, {f"{name}.weight_packed": marker for name, marker in markers.items()})
     found = {id(tensor): key.removesuffix(".weight_packed") for key, tensor in reverted.items()}
     return {name: found[id(marker)] for name, marker in markers.items()}
 
@@ -75,7 +75,7 @@ def dense_tensors(model: PreTrainedModel, exclude: Iterable[str]) -> Iterator[tu
     for target, source in model.all_tied_weights_keys.items():
         if target in state and source in state and _same_memory(state[target], state[source]):
             del state[target]
-    yield from revert_weight_conversion(model, state).items()
+    yield from revert_names(model, state).items()
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..checkpoint import Checkpoint
+from .source import auto_class
 
 __all__ = ["foreign_from_pretrained"]
 
@@ -33,7 +34,7 @@ def foreign_from_pretrained(
     folder = checkpoint.path
     # The class and its configuration, whose choice the auto class leaves to itself; with no folder it cannot load.
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        empty = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     load: Any = type(empty).from_pretrained
     model, info = load(
         None, config=empty.config, state_dict=checkpoint.lowbit_tensors(), output_loading_info=True, **options

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 from transformers.utils.import_utils import is_accelerate_available
 
@@ -18,7 +18,7 @@ from ..checkpoint import Checkpoint, quantization_section, read_checkpoint, read
 from ..linear import Int8Linear, QuantLinear
 from .foreign import foreign_from_pretrained
 from .quantizer import in_memory_config
-from .source import parse_device, parse_dtype, resolve
+from .source import auto_class, parse_device, parse_dtype, resolve
 
 __all__ = ["TOKENIZER_FILES", "load", "load_dense"]
 
@@ -115,8 +115,10 @@ def _from_pretrained(
     if checkpoint is not None and not checkpoint.in_lowbit_layout:
         model, info = foreign_from_pretrained(checkpoint, trust_remote_code=trust_remote_code, **options)
     else:
-        from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its annotations do not know output_loading_info
-        model, info = from_pretrained(
+        config = options.get("config") or AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        model, info = auto_class(config).from_pretrained(
             folder,
             trust_remote_code=trust_remote_code,
             local_files_only=True,

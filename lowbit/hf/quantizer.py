@@ -22,7 +22,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..checkpoint import Checkpoint
 from ..formats.reordered import ReorderedLinear
 from ..linear import linear_class
+from ..linearize import linearize, place, settle
 from ..spec import QuantSpec
+from .experts import separated
 
 __all__ = ["METHOD", "LowbitConfig", "LowbitQuantizer", "in_memory_config"]
 
@@ -89,6 +91,8 @@ class LowbitQuantizer(HfQuantizer):
         assert isinstance(self.quantization_config, LowbitConfig)
         layers = self.quantization_config.linears
         tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+        replaced = linearize(model)
+        settle(model, replaced, _module_names(model, layers).values())
         for name, module_name in _module_names(model, layers).items():
             module, layer = model.get_submodule(module_name), layers[name]
             assert isinstance(module, nn.Linear)
@@ -112,8 +116,17 @@ class LowbitQuantizer(HfQuantizer):
                 dtype=getattr(torch, layer["scale_dtype"]),
                 device="meta",
             )
-            model.set_submodule(module_name, packed)
+            place(model, module_name, packed)
+            parent = model.get_submodule(module_name.rpartition(".")[0])
+            if not any(True for _ in (*parent.parameters(recurse=False), *parent.buffers(recurse=False))):
+                # GPT-2's and T5's _init_weights would reach for the weight of the parent's linears; all are loaded,
+                # and the parent has nothing of its own to initialize.
+                parent._is_hf_initialized = True
         self._shapes = _shapes(model)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Packed experts are loaded one by one, not merged."""
+        return separated(model, super().update_weight_conversions(weight_conversions, model))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
         # transformers 5.17 lets a quantizer's model take a dense tensor of any shape without a word.
@@ -134,9 +147,9 @@ def _module_names(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> 
         layers: as in LowbitConfig.
 
     Raises:
-        ValueError: a packed layer is not an ``nn.Linear`` of the model (merged experts, for one), or two are the same.
+        ValueError: a packed layer is not an ``nn.Linear`` of the model, or two are the same.
     """
-    transforms = get_model_conversion_mapping(model)
+    transforms = separated(model, get_model_conversion_mapping(model))
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     modules = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]

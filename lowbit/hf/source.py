@@ -6,11 +6,19 @@ import errno
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+)
 
-__all__ = ["DTYPES", "parse_device", "parse_dtype", "resolve"]
+__all__ = ["DTYPES", "auto_class", "parse_device", "parse_dtype", "resolve"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -49,6 +57,25 @@ def resolve(path_or_id: str | os.PathLike[str], *, trust_remote_code: bool = Fal
         raise FileNotFoundError(
             f"no folder {name} here, and no model of that id could be fetched from the Hugging Face hub: {reason}"
         ) from error
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class that builds what ``config.architectures`` names; ``AutoModelForCausalLM`` where none does."""
+    named = (config.architectures or [""])[0]
+    for auto in (
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        AutoModelForImageTextToText,
+        AutoModelForMaskedLM,
+        AutoModel,
+    ):
+        try:
+            found = auto._model_mapping[type(config)]
+        except KeyError:
+            continue
+        if named in [cls.__name__ for cls in (found if isinstance(found, (tuple, list)) else (found,))]:
+            return auto
+    return AutoModelForCausalLM
 
 
 def parse_device(device: str | torch.device) -> torch.device:

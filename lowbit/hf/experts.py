@@ -1,0 +1,49 @@
+"""Names of experts: transformers merges the per-expert tensors of a checkpoint while loading, lowbit keeps them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, revert_weight_conversion
+
+from ..experts import Experts
+
+__all__ = ["revert_names", "separated"]
+
+_MERGED = re.compile(r"experts\.(gate_up_proj|up_proj|down_proj)$")
+
+
+def separated(model: nn.Module, conversions: Sequence[Any]) -> list[Any]:
+    """``conversions`` of a model for its :class:`~lowbit.experts.Experts`: what merges experts is replaced by renamings
+    of the projections of one expert (Mixtral's files say w1, w3 and w2). Without such experts, all stay."""
+    if not any(isinstance(module, Experts) for module in model.modules()):
+        return list(conversions)
+    kept: list[Any] = []
+    for entry in conversions:
+        found = isinstance(entry, WeightConverter) and _MERGED.search(entry._original_target_patterns[0])
+        if not found:
+            kept.append(entry)
+            continue
+        parts = ("gate_proj", "up_proj") if found[1] == "gate_up_proj" else (found[1],)
+        for source, part in zip(entry._original_source_patterns, parts, strict=True):
+            stored = source.removesuffix(".weight").rpartition(".")[2]
+            if stored != part:
+                kept.append(WeightRenaming(rf"\.experts\.(\d+)\.{stored}\.", rf".experts.\1.{part}."))
+    return kept
+
+
+def revert_names(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` under the names of the original checkpoint, as ``save_pretrained`` of this model will write it."""
+    if any(isinstance(module, Experts) for module in model.modules()):
+        conversions = getattr(model, "_weight_conversions", None)
+        if conversions is None:
+            everything = get_model_conversion_mapping(model, add_legacy=False)
+            conversions = [entry for entry in everything if not isinstance(entry, PrefixChange)]
+        model._weight_conversions = separated(model, conversions) or None
+    reverted: dict[str, Tensor] = revert_weight_conversion(model, state)
+    return reverted
