@@ -26,7 +26,7 @@ def linear_class(spec: QuantSpec) -> type[QuantLinear] | type[Int8Linear]:
 
 
 class QuantLinear(nn.Module):
-    """``y = x @ W.T + bias`` with ``W (N, K)`` packed to 2, 4 or 8 bits; inference only.
+    """``y = x @ W.T + bias`` with ``W (N, K)`` packed to 2, 4 or 8 bits and frozen.
 
     Its tensors are named and laid out as in a compressed-tensors ``pack-quantized`` checkpoint:
 

@@ -17,13 +17,15 @@ The layouts "cpu_int4" and "cpu_int8" are in cpu.py. The GPU's, lowbit_kernels/l
 CPU: cpu.py. CUDA: "cuda_tiles" is multiplied by the Triton kernels for fp16 and bf16. fp32 activations, for which
 tensor cores have no exact product, and the disk layout, which no kernel reads, unpack a chunk of rows at a time and
 call a dense matmul. Everything accumulates in fp32.
+
+The weight is frozen: gradients reach x (``lowbit::packed_linear_backward``, a chunk of columns at a time) and bias.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from torch import Tensor
 
 from . import cpu
 from .cpu import CPU_INT4, CPU_INT8, DISK
+from .packing import unpack_codes
 from .spec import GROUP_SIZES, PACKED_BITS
 
 __all__ = [
@@ -48,6 +51,7 @@ __all__ = [
 CUDA_TILES = "cuda_tiles"
 LAYOUTS = (DISK, CPU_INT4, CPU_INT8, CUDA_TILES)
 _CHUNK = 2**24  # weights of the GPU layout unpacked at a time
+_CHUNK_CPU = 2**20  # and on the CPU in a backward pass
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -295,25 +299,75 @@ def _fake(
     return x.new_empty(*x.shape[:-1], _rows(scales, layout))
 
 
-def _save_shape(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.shape = inputs[0].shape
+def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, scales, zeros, bias, ctx.bits, ctx.group_size, ctx.layout = inputs
+    ctx.k, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
+    ctx.save_for_backward(weight, scales, zeros)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    # An operator of its own, so that torch.compile, which traces backward together with forward, still runs a forward.
-    return torch.ops.lowbit.packed_linear_backward(grad, ctx.shape), *[None] * 7
+    if ctx.needs_input_grad[2]:
+        raise RuntimeError("lowbit::packed_linear has no gradient for scales: a packed weight is frozen")
+    of_x = of_bias = None
+    if ctx.needs_input_grad[0]:
+        # An operator of its own, so that torch.compile does not trace what it does chunk by chunk.
+        how = (ctx.bits, ctx.group_size, ctx.layout, ctx.k)
+        of_x = torch.ops.lowbit.packed_linear_backward(grad, *ctx.saved_tensors, *how)
+    if ctx.needs_input_grad[4]:
+        of_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return of_x, None, None, None, of_bias, None, None, None
 
 
-def _refuse_backward(grad: Tensor, shape: Sequence[int]) -> Tensor:
+def _input_gradient(
+    grad: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    layout: str,
+    k: int,
+) -> Tensor:
+    """``grad (..., N) @ W``, ``(..., K)`` in grad's dtype, with the numerics of cpu.linear.
+
+    W is unpacked a chunk of columns at a time, so that every element is one sum, rounded once. Needs memory for one
+    more copy of the packed weight where it is not in the disk layout.
+    """
+    n = _rows(scales, layout)
+    flat = grad.reshape(-1, n)
+    words, scales, zeros = to_disk(weight, scales, zeros, bits=bits, k=k, layout=layout)
+    zero = float(2 ** (bits - 1)) if zeros is None else unpack_codes(zeros, bits, n, dim=0).float().unsqueeze(-1)
+    halves = flat.dtype in _HALVES if flat.is_cuda else cpu._multiply_in_bf16(flat)
+    wide = flat if halves else flat.float()
+    out = flat.new_empty(flat.shape[0], k)
+    columns = max(128, (_CHUNK if flat.is_cuda else _CHUNK_CPU) // n // 128 * 128)  # whole words and groups
+    for a in range(0, k, columns):
+        b = min(a + columns, k)
+        codes = unpack_codes(words[:, a * bits // 32 : -(-b * bits // 32)], bits, b - a)
+        groups = slice(None) if group_size == -1 else slice(a // group_size, b // group_size)
+        w = codes.float().view(n, scales[:, groups].shape[1], -1)
+        w.sub_(zero if isinstance(zero, float) else zero[:, groups]).mul_(scales[:, groups, None].float())
+        out[:, a:b] = wide @ w.view(n, b - a).to(wide.dtype)
+    return out.view(*grad.shape[:-1], k)
+
+
+def _fake_input_gradient(
+    grad: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    layout: str,
+    k: int,
+) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], k)
+
+
+def _refuse_double_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     raise RuntimeError(
-        "lowbit::packed_linear has no backward pass: packed weights are frozen integers. For inference wrap the call "
-        "in torch.no_grad() or torch.inference_mode(); to train, replace the QuantLinear by a torch.nn.Linear that "
-        "holds its .dequantize(dtype)"
+        "lowbit::packed_linear has no second derivative; call backward() or grad() without create_graph=True"
     )
-
-
-def _fake_backward(grad: Tensor, shape: Sequence[int]) -> Tensor:
-    return grad.new_empty(shape)
 
 
 _LIBRARY = torch.library.Library("lowbit", "DEF")
@@ -325,7 +379,12 @@ _LIBRARY.define(
 _LIBRARY.impl("packed_linear", _forward_cpu, "CPU")
 _LIBRARY.impl("packed_linear", _forward_cuda, "CUDA")
 torch.library.register_fake("lowbit::packed_linear", _fake, lib=_LIBRARY)
-torch.library.register_autograd("lowbit::packed_linear", _backward, setup_context=_save_shape, lib=_LIBRARY)
-_LIBRARY.define("packed_linear_backward(Tensor grad, SymInt[] shape) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_LIBRARY.impl("packed_linear_backward", _refuse_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("lowbit::packed_linear_backward", _fake_backward, lib=_LIBRARY)
+torch.library.register_autograd("lowbit::packed_linear", _backward, setup_context=_save_weight, lib=_LIBRARY)
+_LIBRARY.define(
+    "packed_linear_backward(Tensor grad, Tensor weight, Tensor scales, Tensor? zeros, int bits, int group_size, "
+    "str layout, SymInt k) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("packed_linear_backward", _input_gradient, "CompositeExplicitAutograd")
+torch.library.register_fake("lowbit::packed_linear_backward", _fake_input_gradient, lib=_LIBRARY)
+torch.library.register_autograd("lowbit::packed_linear_backward", _refuse_double_backward, lib=_LIBRARY)
