@@ -261,25 +261,21 @@ def compile_case(tile: Tile, problem: Problem) -> CompileCase:
         mma_warps=tile.num_warps,
         wgmma="registers",
         registers_only=True,
-        integer_budget=_integer_budget(tile, problem),
+        integer_budget=_integer_budget(problem),
         wide_copies=False,  # the copies are in the producer's loop; tests/test_kernels_hopper.py looks for them there
         extra={"tile": tile, "shared_bound": gluon_shared_bytes(tile, problem)},
     )
 
 
-def _integer_budget(tile: Tile, problem: Problem) -> float | None:
+def _integer_budget(problem: Problem) -> float:
     """Integer instructions per weight that a multiplying warp may spend: the conversion's own and a quarter of one.
 
     4 bits: one lop3 per pair and three shifts per four pairs. 8 bits: bf16 two lop3 per pair and a shift per two pairs,
-    fp16 one prmt. Zeros of groups of 32 cost as much again as the quarter allows.
-
-    None for two warpgroups: the gate takes the loop in which worker warps wait for their role, around all of the
-    kernel, for the main loop. tests/test_kernels_hopper.py counts in the innermost one instead.
+    fp16 one prmt. Zeros of small groups come on top, up to 14 instructions for each weight row of one.
     """
-    if tile.num_warps == 8:
-        return None
     conversion = 0.875 if problem.bits == 4 else 0.5 if problem.dtype == torch.float16 else 1.25
-    return conversion + (0.6 if problem.asymmetric and problem.group_size == 32 else 0.25)
+    zeros = 14 / problem.group_size if problem.asymmetric and problem.group_size in (32, 64) else 0.0
+    return conversion + 0.25 + zeros
 
 
 def compile_cases() -> list[CompileCase]:
