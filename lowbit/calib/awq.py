@@ -102,6 +102,7 @@ def search_scales(
     channels: Tensor | None = None,
     loss_weights: Sequence[float] | None = None,
     grid_fn: GridFn = quick_clip,
+    part: tuple[int, int] = (0, 1),
 ) -> AwqScales:
     """Best per-channel scales among ``a^alpha`` and ``a^alpha / w^(1 - alpha)``, alpha in ``[0, 1]`` (section 3.2).
 
@@ -118,6 +119,8 @@ def search_scales(
             of ``o_proj`` read the same row of ``v_proj``). Default: every column its own.
         loss_weights: one factor per weight on its part of the loss. Default: ones.
         grid_fn: quantization grid of a scaled weight.
+        part: ``(i, n)`` tries every n-th candidate only, from the i-th on: of the results of all i the one of least
+            ``(loss, alpha, duo)`` is the result of the whole search.
 
     Raises:
         ValueError: no weights, a shape that does not fit, a grid below 1, or a Hessian that is not finite.
@@ -140,15 +143,13 @@ def search_scales(
     identity = torch.ones_like(act)
     rtn_loss = loss_of(identity)
     best = AwqScales(identity, 0.0, False, rtn_loss, rtn_loss)
-    for step in range(grid + 1):
-        alpha = step / grid
-        for duo in (False, True):
-            if (step == 0 and not duo) or (step == grid and duo):  # no scaling; the same as without duo
-                continue
-            scales = _normalised(act.pow(alpha) / wgt.pow(1 - alpha) if duo else act.pow(alpha))
-            loss = loss_of(scales)
-            if loss < best.loss:
-                best = AwqScales(scales, alpha, duo, loss, rtn_loss)
+    # Without its first, which is no scaling, and its last, which without duo is the same.
+    candidates = [(step / grid, duo) for step in range(grid + 1) for duo in (False, True)][1:-1]
+    for alpha, duo in candidates[part[0] :: part[1]]:
+        scales = _normalised(act.pow(alpha) / wgt.pow(1 - alpha) if duo else act.pow(alpha))
+        loss = loss_of(scales)
+        if loss < best.loss:
+            best = AwqScales(scales, alpha, duo, loss, rtn_loss)
     return best
 
 

@@ -13,6 +13,12 @@ __all__ = ["CrossMoment", "Hessian", "corrected_target", "output_loss"]
 # Columns of the symmetric product are computed in this many stripes, each from its diagonal on: 5/8 of the work.
 _STRIPES = 4
 _CHUNK = 1 << 24  # weights whose loss is computed at a time
+_WIDEST_FLOAT64 = 8192  # columns: 512 MiB of sums
+
+
+def _sum_dtype(k: int) -> torch.dtype:
+    """Of the sums over chunks: in float64 their order does not show, so ranks that share the chunks agree with one."""
+    return torch.float64 if k <= _WIDEST_FLOAT64 else torch.float32
 
 
 class Hessian:
@@ -20,17 +26,17 @@ class Hessian:
 
     Args:
         k: input features.
-        device: where to accumulate, float32.
+        device: where to accumulate.
     """
 
     def __init__(self, k: int, device: torch.device | str = "cpu") -> None:
-        self._sum = torch.zeros(k, k, dtype=torch.float32, device=device)
+        self._sum = torch.zeros(k, k, dtype=_sum_dtype(k), device=device)
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
         """Add a chunk of inputs ``(tokens, K)``, any floating dtype.
 
-        Chunks are summed in float32. Within a chunk 16-bit products are exact in float32, except that a CPU, whose
+        Products are summed in float32 within a chunk, where those of 16-bit numbers are exact, except that a CPU, whose
         bfloat16 product is twice as fast but has no float32 result, rounds the chunk's sums to bfloat16: 2**-8 of each
         entry, as much as the inputs themselves were rounded, and averaged out over the chunks.
 
@@ -46,11 +52,16 @@ class Hessian:
         for start in range(0, k, width):
             stop = min(start + width, k)
             left, right, rows = x[:, start:stop].t(), x[:, start:], self._sum[start:stop, start:]
-            if rounded:
+            if rounded or rows.dtype != torch.float32:
                 rows += left @ right
             else:
                 rows.addmm_(left, right)
         self.tokens += x.shape[0]
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """The running sums themselves: who adds other tokens' sums to them adds to ``tokens`` too."""
+        return [self._sum]
 
     def merge_(self, other: Hessian) -> Hessian:
         """Take in another token set's sums; returns self."""
@@ -67,7 +78,7 @@ class Hessian:
         """
         if self.tokens == 0:
             raise ValueError("the Hessian has seen no tokens: the linear was not reached by the calibration data")
-        upper = torch.triu(self._sum) / self.tokens
+        upper = torch.triu((self._sum / self.tokens).float())
         hessian = upper + torch.triu(upper, 1).t()
         if not bool(torch.isfinite(hessian).all()):
             raise ValueError("the calibration inputs of this linear contain NaN or infinite values")
@@ -90,13 +101,22 @@ class CrossMoment:
     """
 
     def __init__(self, k: int, device: torch.device | str = "cpu") -> None:
-        self._cross = torch.zeros(k, k, dtype=torch.float32, device=device)
+        self._cross = torch.zeros(k, k, dtype=_sum_dtype(k), device=device)
         self.hessian = Hessian(k, device)
 
     @property
     def tokens(self) -> int:
         """Tokens seen so far."""
         return self.hessian.tokens
+
+    @tokens.setter
+    def tokens(self, count: int) -> None:
+        self.hessian.tokens = count
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """As :attr:`Hessian.sums`."""
+        return [self._cross, *self.hessian.sums]
 
     def add(self, original: Tensor, quantized: Tensor) -> None:
         """Add the same tokens' inputs from both streams, each ``(tokens, K)``."""
@@ -124,7 +144,8 @@ class CrossMoment:
         """
         k = self._cross.shape[0]
         damp_frac = max(0.01, k / self.tokens)
-        return corrected_target(weight, self._cross / self.tokens, self.hessian.mean(), damp_frac=damp_frac)
+        cross = (self._cross / self.tokens).float()
+        return corrected_target(weight, cross, self.hessian.mean(), damp_frac=damp_frac)
 
 
 def corrected_target(weight: Tensor, cross: Tensor, hessian: Tensor, *, damp_frac: float) -> Tensor:
