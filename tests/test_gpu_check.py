@@ -394,6 +394,30 @@ def test_what_measures_runs_on_the_interpreter():
     assert "w8a8" in done.stdout and done.stdout.endswith("measured\n")
 
 
+ATOMICS = """
+import torch
+from check_atomics import atomic_matmul, has_atomic_form
+from check_layers import random_packed, reference, relative_rms
+from lowbit_kernels.tiles import Tile
+torch.manual_seed(0)
+for asymmetric in (False, True):
+    packed = random_packed(40, 512, 4, 128, torch.float16, torch.device("cpu"), asymmetric=asymmetric)
+    x, tile = torch.randn(3, 512).half(), Tile("triton", 16, 32, 2, 4, 2)
+    assert has_atomic_form(packed, 3, tile) and not has_atomic_form(packed, 3, Tile("triton", 16, 32, 1, 4, 2))
+    # fp32 sums of (1024 + code) * x, some 224 times what is left when 1024 * sum(x) is taken off; no other rounding
+    assert relative_rms(atomic_matmul(packed, x, tile), reference(x, packed)) < 8 * 224 * 2**-24
+print("right")
+"""
+
+
+def test_what_determinism_is_compared_with_is_right():
+    """A slower or wrong kernel would be an easy peer: same main loop, fp32 sums by atomics."""
+    folders = [ROOT, ROOT / "kernels", ROOT / "eval" / "gpu_check"]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(map(str, folders))}
+    done = subprocess.run([sys.executable, "-c", ATOMICS], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0 and done.stdout == "right\n", done.stdout[-2000:] + done.stderr[-3000:]
+
+
 # --- the tuner
 
 

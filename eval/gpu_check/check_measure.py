@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from check_atomics import atomic_matmul, has_atomic_form
 from check_correct import LIMITS, ROUNDED_WEIGHTS, CheckFailed, family_tile
 from check_device import clocks
 from check_layers import LAYERS, Linear, Packed, dense_weight, random_packed, reference, relative_rms
@@ -115,6 +116,10 @@ def _weight_only_contestants(
         errors[name] = _checked(first, x, tile, f"{point.case}, {name}")
         runs[name] = [_bound(packed, x, tile) for packed in weights]
         tiles[name] = str(tile)
+    chosen = choose(problem, arch, gpu_name=gpu)
+    if has_atomic_form(first, point.m, chosen):
+        runs["lowbit with atomics"] = [_bound_atomic(packed, x, chosen) for packed in weights]
+        tiles["lowbit with atomics"] = str(chosen)
     runs["cublas bf16"] = _cublas(first, x)
     for name in peers:
         try:
@@ -154,6 +159,10 @@ def _checked(packed: Packed, x: Tensor, tile: Tile, where: str) -> float:
 
 def _bound(packed: Packed, x: Tensor, tile: Tile) -> Callable[[], object]:
     return lambda: packed(x, tile=tile)
+
+
+def _bound_atomic(packed: Packed, x: Tensor, tile: Tile) -> Callable[[], object]:
+    return lambda: atomic_matmul(packed, x, tile)
 
 
 def _cublas(first: Packed, x: Tensor) -> list[Callable[[], object]]:

@@ -40,22 +40,10 @@ from torch import Tensor
 from .checks import check_arguments
 from .epilogue import last_to_arrive, store_tile, sum_of_partials, tile_origin, workspace
 from .layout import from_tiles, tiles_shape, unit_columns
-from .operands import (
-    NO_SUMS,
-    SUMS_BY_ADDS,
-    SUMS_BY_DOT,
-    SUMS_LOADED,
-    load_x,
-    of_run,
-    right_operand,
-    run_of_x,
-    run_sums,
-    step_scales,
-    word_offsets,
-    x_offsets,
-)
+from .operands import NO_SUMS, SUMS_BY_ADDS, SUMS_BY_DOT, SUMS_LOADED
+from .product import run_sums_kernel, tile_product
 from .tiles import Problem, Tile, cdiv, run_columns, why_not
-from .unpack import conversion, raw_offset, unpack_columns
+from .unpack import conversion, raw_offset
 
 __all__ = ["constants", "device_arch", "weight_only_kernel", "weight_only_matmul", "weight_only_reference"]
 
@@ -90,89 +78,18 @@ def weight_only_kernel(
     STAGES: tl.constexpr,
 ):
     """Columns [split] of one (BLOCK_M, BLOCK_N) tile of out per program; one unit of every weight row per step."""
-    COLUMNS: tl.constexpr = 512 // BITS
-    RUNS: tl.constexpr = COLUMNS // RUN
-    SCALES: tl.constexpr = 1 if GROUP == -1 else RUNS
-    LAST: tl.constexpr = 0 if GROUP == -1 else K // GROUP - 1
-    STEPS: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
-    MINE: tl.constexpr = (STEPS + SPLIT_K - 1) // SPLIT_K
-    EVEN: tl.constexpr = K % COLUMNS == 0
-    MIDDLE: tl.constexpr = 1 << (BITS - 1)
-
     tile, split = tl.program_id(0), tl.program_id(1)
     token, row = tile_origin(tile, M, N, BLOCK_M, BLOCK_N)
     tokens_left = tl.minimum(M - token, BLOCK_M).to(tl.int32)
-    begin = split * MINE
-    word_ptrs = tiles_ptr + word_offsets(row, N, UNITS, BLOCK_N) + begin.to(tl.int64) * 256
-    # mma.sync takes x out of registers, which can be split; wgmma out of shared memory, a tile for each run
-    PART: tl.constexpr = COLUMNS if FOR_MMA else RUN
-    x_ptrs = x_ptr + x_offsets(token, K, PART, BLOCK_M, FOR_MMA) + begin.to(tl.int64) * COLUMNS
-    sums_ptrs = sums_ptr + begin.to(tl.int64) * RUNS * M + token + tl.arange(0, BLOCK_M)
-    next_scales = step_scales(scales_ptr, begin, N, row, LAST, GROUP, RUN, SCALES, BLOCK_N)
-    next_zeros = next_scales
-    if HAS_ZEROS:
-        next_zeros = step_scales(zeros_ptr, begin, N, row, LAST, GROUP, RUN, SCALES, BLOCK_N)
-    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    # a constant number of steps would be unrolled, which a short kernel pays for in instruction fetches; but the
-    # interpreter wants one, and then does nothing in the steps past the last
-    for i in tl.range(0, MINE if PTX == "" else tl.minimum(MINE, STEPS - begin), num_stages=STAGES):
-        step = begin + i
-        if PTX == "":
-            words = tl.load(word_ptrs, mask=step < STEPS, other=0)
-            tokens_left = tl.where(step < STEPS, tokens_left, 0)
-        else:
-            words = tl.load(word_ptrs, eviction_policy="evict_first")
-        # one step ahead: their latency is the memory's, and they are too narrow for the asynchronous copies
-        scales, zeros = next_scales, next_zeros
-        if GROUP != -1:
-            next_scales = step_scales(scales_ptr, step + 1, N, row, LAST, GROUP, RUN, SCALES, BLOCK_N)
-            if HAS_ZEROS:
-                next_zeros = step_scales(zeros_ptr, step + 1, N, row, LAST, GROUP, RUN, SCALES, BLOCK_N)
-        whole = load_x(x_ptrs, tokens_left, K - step * COLUMNS, EVEN, FOR_MMA)
-        for run in tl.static_range(RUNS):
-            if FOR_MMA:
-                x = run_of_x(whole, run, RUNS)
-            elif run == 0:
-                x = whole
-            else:
-                x = load_x(x_ptrs + run * RUN, tokens_left, K - step * COLUMNS - run * RUN, EVEN, FOR_MMA)
-            values = unpack_columns(words, run * (RUN // 32), RUN // 32, BITS, x.dtype, RAW, PTX, FOR_MMA)
-            dot = tl.dot(values, right_operand(x, RUN, BLOCK_M, FOR_MMA), input_precision="ieee")
-            if SUMS != 0:
-                sums = run_sums(x, sums_ptrs + run * M, tokens_left, BLOCK_N, BLOCK_M, SUMS, FOR_MMA)
-                if HAS_ZEROS:
-                    dot -= (of_run(zeros, run if SCALES > 1 else 0, SCALES) + RAW)[:, None] * sums
-                else:
-                    dot -= (RAW + MIDDLE) * sums
-            acc += dot * of_run(scales, run if SCALES > 1 else 0, SCALES)[:, None]
-        word_ptrs += 256
-        x_ptrs += COLUMNS
-        if SUMS == 3:
-            sums_ptrs += RUNS * M
-
+    acc = tile_product(
+        x_ptr, tiles_ptr, scales_ptr, zeros_ptr, sums_ptr, token, row, tokens_left, split, M, N, K, UNITS, BITS, GROUP,
+        RUN, RAW, PTX, SUMS, HAS_ZEROS, BLOCK_M, BLOCK_N, SPLIT_K, FOR_MMA, STAGES,
+    )  # fmt: skip
     if SPLIT_K == 1:
         store_tile(acc, bias_ptr, out_ptr, token, row, M, N, HAS_BIAS)
     elif last_to_arrive(acc, partials_ptr, counters_ptr, tile, split, SPLIT_K):
         total = sum_of_partials(partials_ptr, counters_ptr, tile, SPLIT_K, BLOCK_N, BLOCK_M)
         store_tile(total, bias_ptr, out_ptr, token, row, M, N, HAS_BIAS)
-
-
-@triton.jit
-def _run_sums_kernel(
-    x_ptr,  # (M, K)
-    sums_ptr,  # (RUNS, M) fp32
-    M,
-    K: tl.constexpr,
-    RUN: tl.constexpr,
-    RUNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Sums of BLOCK runs of one token's columns; zero for what lies past K."""
-    token = tl.program_id(0).to(tl.int64)
-    runs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    columns = runs[:, None] * RUN + tl.arange(0, RUN)[None, :]
-    x = tl.load(x_ptr + token * K + columns, mask=columns < K, other=0.0).to(tl.float32)
-    tl.store(sums_ptr + runs.to(tl.int64) * M + token, tl.sum(x, axis=1), mask=runs < RUNS)
 
 
 def weight_only_reference(
@@ -317,7 +234,7 @@ def _launch(
             columns = unit_columns(problem.bits)
             runs = cdiv(k, columns) * columns // run  # the kernel reads whole steps
             sums = torch.empty(runs, m, dtype=torch.float32, device=x.device)
-            _run_sums_kernel[(m, cdiv(runs, 32))](x, sums, M=m, K=k, RUN=run, RUNS=runs, BLOCK=32, num_warps=4)
+            run_sums_kernel[(m, cdiv(runs, 32))](x, sums, M=m, K=k, RUN=run, RUNS=runs, BLOCK=32, num_warps=4)
         weight_only_kernel[(count, tile.split_k)](
             x,
             tiles,
