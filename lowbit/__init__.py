@@ -14,13 +14,17 @@ if TYPE_CHECKING:
     from .affine import QuantizedWeight
     from .convert import convert
     from .evaluate import evaluate
-    from .hf import load
+    from .hf import LowbitConfig, install, load, uninstall
     from .inspection import inspect_checkpoint as inspect
-    from .linear import QuantLinear
+    from .linear import Int8Linear, QuantLinear
+    from .ops import set_batch_invariant
     from .quantize import quantize, quantize_
-    from .spec import QuantSpec
+    from .spec import ActivationSpec, QuantSpec
 
 __all__ = [
+    "ActivationSpec",
+    "Int8Linear",
+    "LowbitConfig",
     "QuantLinear",
     "QuantSpec",
     "QuantizedWeight",
@@ -28,23 +32,32 @@ __all__ = [
     "convert",
     "evaluate",
     "inspect",
+    "install",
     "load",
     "quantize",
     "quantize_",
+    "set_batch_invariant",
+    "uninstall",
 ]
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "ActivationSpec": ("spec", "ActivationSpec"),
+    "Int8Linear": ("linear", "Int8Linear"),
+    "LowbitConfig": ("hf", "LowbitConfig"),
     "QuantLinear": ("linear", "QuantLinear"),
     "QuantSpec": ("spec", "QuantSpec"),
     "QuantizedWeight": ("affine", "QuantizedWeight"),
     "convert": ("convert", "convert"),
     "evaluate": ("evaluate", "evaluate"),
     "inspect": ("inspection", "inspect_checkpoint"),
+    "install": ("hf", "install"),
     "load": ("hf", "load"),
     "quantize": ("quantize", "quantize"),
     "quantize_": ("quantize", "quantize_"),
+    "set_batch_invariant": ("ops", "set_batch_invariant"),
+    "uninstall": ("hf", "uninstall"),
 }
 
 

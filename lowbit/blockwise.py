@@ -7,9 +7,7 @@ inputs' Hessian over all batches and quantize, so that later groups and later bl
 from __future__ import annotations
 
 import copy
-import ctypes
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,7 +20,9 @@ from .calib.awq import awq_quantize, scale_hessian, search_scales
 from .calib.gptq import factorize, gptq_quantize
 from .calib.hessian import CrossMoment, Hessian, output_loss
 from .calib.rtn import rtn_quantize
+from .distributed import ALONE, Ranks
 from .fold import apply_fold, exact_folds
+from .heap import return_free_memory
 from .mappings import reasons_without_fold, resolve
 from .report import LayerRecord
 from .routed import BLENDED, RoutedInputs
@@ -46,6 +46,7 @@ class Calibration:
         device: where blocks are run and weights quantized, one block at a time.
         model_type: ``config.model_type``, for the few AWQ tables that need it.
         correct: aim at the original model's outputs instead of the original weights' (gptq only).
+        ranks: processes that each have a part of the inputs.
     """
 
     spec: QuantSpec
@@ -53,10 +54,12 @@ class Calibration:
     device: torch.device
     model_type: str = ""
     correct: bool = True
+    ranks: Ranks = ALONE
 
-
-# glibc only: other C libraries have no such call, and need none
-_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    @property
+    def corrects(self) -> bool:
+        """Whether a share of the text also runs through the original model."""
+        return self.correct and "gptq" in self.method
 
 
 class Store(Protocol):
@@ -105,14 +108,10 @@ def quantize_blocks(
         how: grid, method, device.
         store: called with each full name, its linear (already holding the dequantized weight) and the codes.
     """
-    count = len(inputs.hidden)
-    correct = how.correct and "gptq" in how.method
-    # Spread over the whole text, and never fewer than two batches' worth.
-    step = max(1, min(round(1 / _reference_share(how.spec.bits)), count // 2)) if correct else 1
-    reference_batches = range(0, count, step) if correct else range(0)
+    reference_batches = _reference_batches(len(inputs.hidden), how) if how.corrects else range(0)
     own = [h.clone() if i in reference_batches else h[:0] for i, h in enumerate(inputs.hidden)]
     reference = BlockInputs(own, inputs.arguments, inputs.keyword)
-    _return_free_memory()  # tokenizing left some
+    return_free_memory()  # tokenizing left some
     for index, block in enumerate(blocks):
         prefix = f"{block.name}."
         wanted = [name.removeprefix(prefix) for name in targets if name.startswith(prefix)]
@@ -144,10 +143,11 @@ class _BlockWork:
         self.store = store
         self.modules = linears(block.module)
         found = linear_groups(block, inputs, index, how.device)
+        how.ranks.agree({f"the order of the linears in {block.name}": str([group.names for group in found])})
         kept = [LinearGroup(tuple(n for n in g.names if n in set(wanted)), g.unread) for g in found]
         self.groups = [group for group in kept if group.names]
         self.notes: dict[str, tuple[str, ...]] = {}
-        self.routed = RoutedInputs(block.module, how.device)
+        self.routed = RoutedInputs(block.module, how.device, how.ranks)
 
     def run(self) -> Iterator[LayerRecord]:
         reached = {name for group in self.groups for name in group.names}
@@ -201,7 +201,7 @@ class _BlockWork:
         k = self.modules[name].in_features
         total = Hessian(k, self.how.device)
         ref = None if self.routed.is_expert(name) else ref
-        drift = CrossMoment(k, self.how.device) if ref is not None and ref.batches else None
+        drift = CrossMoment(k, self.how.device) if ref is not None and self.how.corrects else None
         for batch in run.batches:
             x = run.inputs(stage, batch)
             if ref is None or drift is None or batch not in ref.batches:
@@ -211,8 +211,9 @@ class _BlockWork:
                 if stage == len(self.groups) - 1:
                     ref.finish_batch(batch)  # the original does not wait for this stage's weights
             if batch % _TRIM_EVERY == 0:
-                _return_free_memory()
-        _return_free_memory()
+                return_free_memory()
+        return_free_memory()
+        self.how.ranks.add_up(total, drift)
         if drift is not None:
             total.merge_(drift.hessian)
         return total, drift
@@ -221,10 +222,13 @@ class _BlockWork:
         """All linears of a group at once: they share the Hessian, and rows do not see each other."""
         dtype = self.modules[names[0]].weight.dtype
         weight = torch.cat([self.modules[name].weight.detach().float() for name in names])
+        count, ranks = len(weight), self.how.ranks
+        weight = weight[ranks.rows(count)]
         target = weight if drift is None else drift.target(weight)
         factor = factorize(hessian)
         found = gptq_quantize(weight, hessian, self.how.spec, factor=factor, target=target, scale_dtype=dtype)
         energy = output_loss(target, torch.zeros_like(target), hessian)
+        found, energy = ranks.whole((found, energy), count)
         rows = [self.modules[name].out_features for name in names]
         for name, result, own in zip(names, found.split(rows), energy.split(rows), strict=True):
             method = "rtn" if result.method == "rtn" else self.how.method
@@ -234,13 +238,16 @@ class _BlockWork:
     def _round(self, name: str, hessian: Tensor, method: str) -> LayerRecord:
         """Round to nearest on the inputs' grid, or on AWQ's clipped one."""
         linear, spec = self.modules[name], self.how.spec
-        weight, dtype = linear.weight.detach().float(), linear.weight.dtype
+        dtype, count, ranks = linear.weight.dtype, linear.out_features, self.how.ranks
+        weight = linear.weight.detach().float()[ranks.rows(count)]
         rtn = rtn_quantize(weight, spec, hessian.diagonal(), scale_dtype=dtype)
         found = awq_quantize(weight, hessian, spec, scale_dtype=dtype) if method == "awq" else rtn
-        loss, rtn_loss, energy = (
-            float(output_loss(candidate, weight, hessian).sum())
+        losses = tuple(
+            output_loss(candidate, weight, hessian)
             for candidate in (dequantize(found), dequantize(rtn), torch.zeros_like(weight))
         )
+        found, losses = ranks.whole((found, losses), count)
+        loss, rtn_loss, energy = (float(rows.sum()) for rows in losses)
         return self._record(name, found, method, (loss, rtn_loss), energy)
 
     def _record(
@@ -272,7 +279,7 @@ class _BlockWork:
 
     def _fold_scales(self) -> None:
         """AWQ's scale search on the unquantized block, the scales moved into the norm or linear before."""
-        block, spec = self.block.module, self.how.spec
+        block = self.block.module
         dtype = next(block.parameters()).dtype
         stops = [group.names[0] for group in self.groups]
         with BlockRun(block, self.inputs, self.index, stops, self.how.device, keep=self._fits()) as run:
@@ -283,21 +290,29 @@ class _BlockWork:
                     hessians.update(dict.fromkeys(group.names, total.mean()))
         block.float()  # scales are found, tested and applied in float32; the block's own dtype rounds once at the end
         folds = [f for f in resolve(block, self.how.model_type) if all(b in hessians for b in f.balance)]
-        good, bad = exact_folds(block, folds, *self._one_sequence())
+        good, bad = self.how.ranks.first(lambda: exact_folds(block, folds, *self._one_sequence()))
         reasons = reasons_without_fold(block, self.how.model_type)
         for fold in bad:
             reasons.update(dict.fromkeys(fold.balance, f"moving a scale into {fold.smooth} changed the block's output"))
         for fold in good:
             weights = [self.modules[name].weight for name in fold.balance]
             hessian = hessians[fold.balance[0]]
-            found = search_scales(weights, hessian, spec, channels=fold.channel_ids())
-            apply_fold(block, fold, found.scales)
+            scales = self._search(weights, hessian, fold.channel_ids())
+            apply_fold(block, fold, scales)
             for name in fold.balance:
-                hessians[name] = scale_hessian(hessian, found.scales)
+                hessians[name] = scale_hessian(hessian, scales)
         block.to(dtype)
         for name in self.wanted:
             if name in reasons:
                 self.notes[name] = (f"clip search alone: {reasons[name]}",)
+
+    def _search(self, weights: Sequence[Tensor], hessian: Tensor, channels: Tensor | None) -> Tensor:
+        """AWQ's scales; each rank tries a part of the candidates."""
+        ranks = self.how.ranks
+        part = ranks.rank, ranks.count
+        found = search_scales(weights, hessian, self.how.spec, channels=channels, part=part)
+        tried = ranks.collect(((found.loss, found.alpha, found.duo), found.scales.cpu()))
+        return min(tried, key=lambda result: result[0])[1].to(found.scales)
 
     def _one_sequence(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of a call of the block with the first sequence alone, in float32."""
@@ -313,7 +328,16 @@ class _BlockWork:
         widths = 4.0 * self.inputs.hidden[0].shape[-1]
         widths += sum(self.modules[g.names[0]].in_features * self.routed.share(g.names[0]) for g in self.groups)
         streams = 1 + len(self.reference_batches) / len(self.inputs.hidden)
-        return tokens * widths * size * streams < _MEMORY_SHARE * _free_bytes(self.how.device)
+        sharers = self.how.ranks.here if self.how.device.type == "cpu" else 1
+        return tokens * widths * size * streams * sharers < _MEMORY_SHARE * _free_bytes(self.how.device)
+
+
+def _reference_batches(count: int, how: Calibration) -> range:
+    """Which of this rank's ``count`` batches: of all ranks', every so many, whoever has them."""
+    counts = how.ranks.collect(count)
+    # Spread over the whole text, and never fewer than two batches' worth.
+    step = max(1, min(round(1 / _reference_share(how.spec.bits)), sum(counts) // 2))
+    return range(-sum(counts[: how.ranks.rank]) % step, count, step)
 
 
 def _reference_share(bits: int) -> float:
@@ -334,12 +358,6 @@ def _first_sequence(value: Any, batch: int) -> Any:
     if isinstance(value, dict):
         return {key: _first_sequence(item, batch) for key, item in value.items()}
     return value
-
-
-def _return_free_memory() -> None:
-    """Hand freed heap pages back to the system: between tensors that stay, glibc keeps those of every one that went."""
-    if _malloc_trim is not None:
-        _malloc_trim(0)
 
 
 def _free_bytes(device: torch.device) -> float:

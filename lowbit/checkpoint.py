@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from .affine import QuantizedWeight
+from .foreign_config import quantization_section
 from .formats import parse_section
 from .formats.base import (
     LayerTensors,
@@ -29,8 +30,10 @@ from .formats.base import (
     read_weight,
 )
 from .formats.compressed import CompressedFormat
-from .manifest import MANIFEST, load_json, read_manifest, verify_files
-from .pack_quantized import PackedFormat, linear_tensors, parse_quantization_config, quantization_config
+from .headers import check_experts
+from .manifest import MANIFEST, read_manifest, verify_files
+from .pack_config import PackedFormat, parse_quantization_config, quantization_config
+from .pack_quantized import linear_tensors
 from .shards import LazyTensor, ShardReader, TensorInfo, open_shard, read_config, read_tensor_infos
 from .writer import CheckpointWriter, check_output
 
@@ -50,9 +53,6 @@ __all__ = [
     "read_config",
     "read_tensor_infos",
 ]
-
-# Where AutoGPTQ and AutoAWQ kept their configuration before config.json had a place for it.
-_LEGACY_SECTIONS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 @dataclass(frozen=True)
@@ -164,27 +164,6 @@ def _converting(form: SourceFormat, layer: LayerTensors, linear: PackedLinear, p
     return lambda: disk_tensor(form, layer, linear, part)
 
 
-def quantization_section(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """``quantization_config`` of a model folder, None for a dense model.
-
-    It stands at the top of config.json, in the text model's part of a composite configuration, or, in folders of old
-    tools, in a file of its own.
-
-    Raises:
-        ValueError: it is not a JSON object.
-    """
-    text = config.get("text_config")
-    section = config.get("quantization_config")
-    if section is None and isinstance(text, Mapping):
-        section = text.get("quantization_config")
-    for filename, method in _LEGACY_SECTIONS.items():
-        if section is None and (folder / filename).is_file():
-            section = {"quant_method": method, **load_json(folder / filename)}
-    if section is not None and not isinstance(section, Mapping):
-        raise ValueError(f"quantization_config must be a JSON object, got {section!r}")
-    return section
-
-
 def read_checkpoint(path: str | os.PathLike[str], *, verify_hashes: bool = True) -> Checkpoint:
     """Check a packed folder and describe it. Reads headers, scales and zero points; weights only to hash them.
 
@@ -211,6 +190,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, verify_hashes: bool = True)
         unlisted = sorted(used - set(manifest["files"]))
         if unlisted:
             raise ValueError(f"{folder}: {MANIFEST} does not list {unlisted}, so they are not from the same checkpoint")
+    check_experts(folder, config, tensors)
     parts, dense = _sort_tensors(folder, tensors, form)
     with ShardReader(folder) as reader:
         linears = {

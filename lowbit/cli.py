@@ -1,4 +1,4 @@
-"""The ``lowbit`` command: quantize, eval, inspect, convert.
+"""The ``lowbit`` command: quantize, eval, inspect, serve, doctor, convert.
 
 Results go to stdout; progress, logs and errors go to stderr. With ``--json`` stdout holds exactly one JSON object.
 Anything the user can put right ends as one message on stderr and exit status 2, Ctrl-C as status 130. What takes
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -107,31 +108,35 @@ def quantize_command(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Quantize MODEL and write a packed checkpoint to OUT."""
+    """Quantize MODEL and write a packed checkpoint to OUT. Under torchrun the ranks share the calibration."""
     with _reporting(context, as_json) as emit:
         spec = build_spec(bits, group_size, symmetric, activations)  # refuses before torch is imported
         check_request(spec, method, smooth, calibrated=True, packed=True)
-        report = lowbit.quantize(
-            model,
-            out,
-            bits,
-            group_size=group_size,
-            symmetric=symmetric,
-            activations=activations,
-            smooth=smooth,
-            method=method,
-            calibration=calibration,
-            samples=samples,
-            seq_len=seq_len,
-            ignore=tuple(ignore or ()),
-            device=device,
-            dtype=dtype,
-            seed=seed,
-            overwrite=overwrite,
-            allow_partial=allow_partial,
-            trust_remote_code=trust_remote_code,
-        )
-        emit(report.to_dict(), None)  # quantize() has printed its summary
+        from lowbit.distributed import is_first, terminable
+
+        with terminable():
+            report = lowbit.quantize(
+                model,
+                out,
+                bits,
+                group_size=group_size,
+                symmetric=symmetric,
+                activations=activations,
+                smooth=smooth,
+                method=method,
+                calibration=calibration,
+                samples=samples,
+                seq_len=seq_len,
+                ignore=tuple(ignore or ()),
+                device=device,
+                dtype=dtype,
+                seed=seed,
+                overwrite=overwrite,
+                allow_partial=allow_partial,
+                trust_remote_code=trust_remote_code,
+            )
+        if is_first():
+            emit(report.to_dict(), None)  # quantize() has printed its summary
 
 
 @app.command("eval")
@@ -178,6 +183,85 @@ def inspect_command(context: typer.Context, model: ModelArgument, as_json: JsonO
         emit(inspection.to_dict(), str(inspection))
 
 
+@app.command("serve")
+def serve_command(
+    context: typer.Context,
+    model: ModelArgument,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network of this machine.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="0 is any free port.")] = 8000,
+    continuous_batching: Annotated[
+        bool, typer.Option("--continuous-batching", help="Answer all requests at once, not one after the other.")
+    ] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    chat_template: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Jinja chat template, in place of the tokenizer's own.")
+    ] = None,
+    cache_blocks: Annotated[
+        int | None, typer.Option(help="Blocks of the continuous batching cache; default: what fits.")
+    ] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens per forward pass with continuous batching; default: what fits.")
+    ] = None,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request; larger ones are answered with 413.")] = 8 * 2**20,
+    grace: Annotated[int, typer.Option(help="Seconds that running requests get after SIGTERM or Ctrl-C.")] = 30,
+    log_level: Annotated[str, typer.Option(help="debug, info (a line per request), warning or error.")] = "warning",
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Serve MODEL with OpenAI's API: chat, completions, streams. Needs lowbit[serve]. SIGTERM and Ctrl-C end it."""
+    stdout = sys.stdout
+
+    def announce(ready: dict[str, Any]) -> None:
+        print(json.dumps(ready) if as_json else _how_to_ask(ready), file=stdout, flush=True)
+
+    with _reporting(context, as_json):
+        from lowbit.hf.serve import Settings, serve
+
+        settings = Settings(
+            host=host,
+            port=port,
+            continuous_batching=continuous_batching,
+            device=device,
+            dtype=dtype,
+            chat_template=chat_template,
+            cache_blocks=cache_blocks,
+            batch_tokens=batch_tokens,
+            max_body=max_body,
+            grace=grace,
+            log_level=log_level,
+            trust_remote_code=trust_remote_code,
+        )
+        serve(model, settings, announce)
+
+
+def _how_to_ask(ready: dict[str, Any]) -> str:
+    path, asked = "completions", {"prompt": "It was", "max_tokens": 32}
+    if ready["chat"]:
+        path, asked = "chat/completions", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}
+    body = shlex.quote(json.dumps({"model": ready["model"], **asked}))
+    return (
+        f"{ready['model']} on {ready['device']}, {ready['dtype']}, context {ready['context']}: {ready['url']}\n"
+        f"curl {ready['url']}/{path} -H 'content-type: application/json' -d {body}"
+    )
+
+
+@app.command("doctor")
+def doctor_command(
+    context: typer.Context,
+    model: ModelArgument,
+    as_json: JsonOption = False,
+) -> None:
+    """Say which engines open MODEL on which GPUs, with which kernel, and what would help. Reads headers only."""
+    with _reporting(context, as_json) as emit:
+        from lowbit.doctor import diagnose
+
+        diagnosis = diagnose(model)
+        emit(diagnosis.to_dict(), None if as_json else str(diagnosis))
+
+
 @app.command("convert")
 def convert_command(
     context: typer.Context,
@@ -209,7 +293,7 @@ class _Emitter:
     """Holds a command's result until its work is over."""
 
     def __init__(self) -> None:
-        self.fields: dict[str, Any] = {}
+        self.fields: dict[str, Any] | None = None
         self.text: str | None = None
 
     def __call__(self, fields: dict[str, Any], text: str | None) -> None:
@@ -228,14 +312,15 @@ def _reporting(context: typer.Context, as_json: bool) -> Iterator[_Emitter]:
         if as_json:
             with redirect_stdout(sys.stderr):
                 yield emitter
-            print(json.dumps(emitter.fields, allow_nan=False))
+            if emitter.fields is not None:
+                print(json.dumps(emitter.fields, allow_nan=False))
         else:
             yield emitter
             if emitter.text is not None:
                 print(emitter.text)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        _fail(context, "interrupted", EXIT_INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        _fail(context, str(stop) or "interrupted", getattr(stop, "status", EXIT_INTERRUPTED))
     except BrokenPipeError:
         # The reader of our stdout is gone (`| head`): nobody to report to; what is buffered must not fail at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -249,7 +334,7 @@ def _reporting(context: typer.Context, as_json: bool) -> Iterator[_Emitter]:
 def _fail(context: typer.Context, message: str, status: int) -> None:
     if context.find_root().params.get("debug"):
         traceback.print_exc()
-    print(f"lowbit: {message}" if status == EXIT_INTERRUPTED else f"lowbit: error: {message}", file=sys.stderr)
+    print(f"lowbit: error: {message}" if status == EXIT_ERROR else f"lowbit: {message}", file=sys.stderr)
     raise typer.Exit(status) from None
 
 

@@ -11,7 +11,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .affine import dequantize
 from .checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -22,7 +21,9 @@ from .checkpoint import (
     quantization_config,
     read_checkpoint,
 )
+from .expand import DenseLayout, dense_tensors, is_merged
 from .formats.awq import awq_config, awq_tensors, check_awq
+from .formats.compressed import CompressedFormat
 from .formats.gptq import check_gptq, gptq_config, gptq_tensors
 from .progress import track
 
@@ -118,12 +119,13 @@ def convert(
     checkpoint = read_checkpoint(folder)
     error = _check_target(checkpoint, to, wanted)
     section = _section(checkpoint, to)
+    layout = _layout(folder) if to == "dense" else DenseLayout()
     before = sum(info.nbytes for info in checkpoint.dense.values())
     before += sum(linear.nbytes for linear in checkpoint.linears.values())
     after = 0
     with CheckpointWriter(out, overwrite=overwrite) as writer:
         layers = track(checkpoint.linears.values(), f"writing {to}", enabled=verbose)
-        for name, tensor in _tensors(checkpoint, to, wanted, layers):
+        for name, tensor in _tensors(checkpoint, to, wanted, layers, layout):
             writer.add(name, tensor)
             after += tensor.nbytes
         writer.add_json("config.json", _config(checkpoint, section, wanted))
@@ -145,6 +147,12 @@ def convert(
         done = {"from": report.read, "to": to, "dtype": report.dtype, "scale_error": error}
         writer.finish({"model": folder.name, **record, "conversion": done})
     return report
+
+
+def _layout(folder: Path) -> DenseLayout:
+    from .hf.dense import dense_layout  # only for dense: the others are converted without importing transformers
+
+    return dense_layout(folder) or DenseLayout()
 
 
 def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -209,8 +217,10 @@ def _section(checkpoint: Checkpoint, to: str) -> dict[str, Any] | None:
     if to == "dense":
         return None
     if to == "compressed-tensors":
-        if checkpoint.in_lowbit_layout:
-            return checkpoint.lowbit_section()
+        if isinstance(checkpoint.format, CompressedFormat):
+            section = checkpoint.lowbit_section()
+            unlisted = [name for name in _inside_blocks(dense) if checkpoint.format.config.targets(name)]
+            return {**section, "ignore": [*(section.get("ignore") or []), *unlisted]}
         return quantization_config({name: linear.spec for name, linear in linears.items()}, dense)
     if to == "awq":
         return awq_config(linears, _inside_blocks(dense) + _heads(dense))
@@ -227,37 +237,33 @@ def _heads(names: Iterable[str]) -> list[str]:
 
 
 def _tensors(
-    checkpoint: Checkpoint, to: str, dtype: torch.dtype | None, layers: Iterable[PackedLinear]
+    checkpoint: Checkpoint,
+    to: str,
+    dtype: torch.dtype | None,
+    layers: Iterable[PackedLinear],
+    layout: DenseLayout,
 ) -> Iterator[tuple[str, Tensor]]:
-    write = _writers(checkpoint, dtype)[to]
-    for linear in layers:
-        stored = checkpoint.stored_weight(linear.name)
-        if to != "dense":
+    if to == "dense":
+        yield from dense_tensors(checkpoint, layout, dtype or _dense_dtype(checkpoint), layers)
+    else:
+        write = _WRITERS[to]
+        for linear in layers:
+            stored = checkpoint.stored_weight(linear.name)
             scales = _stored_scales(linear.name, stored.weight.scales, to, dtype)
-            stored = replace(stored, weight=replace(stored.weight, scales=scales))
-        yield from write(linear.name, stored).items()
+            yield from write(linear.name, replace(stored, weight=replace(stored.weight, scales=scales))).items()
     for name in checkpoint.dense:
+        if to == "dense" and is_merged(name, layout):
+            continue
         tensor = checkpoint.tensor(name)
         yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
-def _writers(
-    checkpoint: Checkpoint, dtype: torch.dtype | None
-) -> dict[str, Callable[[str, StoredWeight], dict[str, Tensor]]]:
-    expanded = _dense_dtype(checkpoint) if dtype is None else dtype
-    return {
-        "compressed-tensors": lambda name, stored: linear_tensors(name, stored.weight, stored.input_scale),
-        "gptq": lambda name, stored: gptq_tensors(name, stored, 1),
-        "gptq-v2": lambda name, stored: gptq_tensors(name, stored, 2),
-        "awq": awq_tensors,
-        "dense": lambda name, stored: {f"{name}.weight": _expand(stored).to(expanded)},
-    }
-
-
-def _expand(stored: StoredWeight) -> Tensor:
-    """``(N, K)`` float32, columns in the layer's order."""
-    weight = dequantize(stored.weight, torch.float32)
-    return weight if stored.order is None else torch.zeros_like(weight).index_copy_(1, stored.order, weight)
+_WRITERS: dict[str, Callable[[str, StoredWeight], dict[str, Tensor]]] = {
+    "compressed-tensors": lambda name, stored: linear_tensors(name, stored.weight, stored.input_scale),
+    "gptq": lambda name, stored: gptq_tensors(name, stored, 1),
+    "gptq-v2": lambda name, stored: gptq_tensors(name, stored, 2),
+    "awq": awq_tensors,
+}
 
 
 def _dense_dtype(checkpoint: Checkpoint) -> torch.dtype:

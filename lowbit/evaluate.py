@@ -110,10 +110,12 @@ def evaluate(
         :class:`EvalResult`; sums are accumulated in float64.
 
     Raises:
-        ValueError: ``seq_len`` exceeds the context, the text is empty or shorter than one window, a token is outside
-            the vocabulary, the models' vocabularies differ, or the logits are not finite.
+        ValueError: a model is not a causal language model, ``seq_len`` exceeds the context, the text is empty or
+            shorter than one window, a token is outside the vocabulary, the models' vocabularies differ, or the logits
+            are not finite.
         OSError: the text or the base model cannot be read.
     """
+    _check_causal(model)
     context = context_length(model)
     if seq_len is None:
         seq_len = min(MAX_SEQ_LEN, context)
@@ -130,6 +132,7 @@ def evaluate(
         where = str(embedding.weight.device)
         base, _ = load(os.fspath(base), device=where, dtype=dtype, trust_remote_code=trust_remote_code)
     if base is not None:
+        _check_causal(base)
         check_vocabulary(windows, base.get_input_embeddings().weight.shape[0])
         if seq_len > context_length(base):
             raise ValueError(f"seq_len {seq_len} exceeds the base model's context of {context_length(base)} tokens")
@@ -148,6 +151,18 @@ def evaluate(
         kl=None if base is None else sums[2] / tokens,
         top1=None if base is None else sums[3] / tokens,
     )
+
+
+def _check_causal(model: Any) -> None:
+    """Refuse what predicts no next token: its cross-entropy would be a number, and mean nothing."""
+    config, name = getattr(model, "config", None), type(model).__name__
+    kind = None
+    if getattr(config, "is_encoder_decoder", False):
+        kind = "an encoder-decoder, whose text goes into the encoder"
+    elif hasattr(model, "can_generate") and not model.can_generate():
+        kind = "an encoder or has no language model head"
+    if kind is not None:
+        raise ValueError(f"perplexity is measured on causal language models; {name} is {kind}")
 
 
 def _score(model: Any, base: Any, windows: torch.Tensor, progress: bool) -> list[float]:

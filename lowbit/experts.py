@@ -9,63 +9,207 @@ with the tokens routed to them, packed and stored like any other linear.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Experts", "separate", "why_not_separable"]
+from .stacked import Bond, GroupedLinear, StackedLinear, can_be_one, whole_rows, why_not_stackable
+
+__all__ = ["Expert", "Experts", "separate", "why_not_separable"]
 
 _PARTS = ("gate_up_proj", "up_proj", "down_proj")
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "num_experts", "_apply_gate")
 
 
-class Experts(nn.ModuleList):
+class Expert(nn.Module):
+    """One expert's projections. Replacing one, as adapters do, ends the common calls for all experts (`Bond`)."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        replaced = self.__dict__.get("_modules", {}).get(name)
+        if isinstance(replaced, StackedLinear) and value is not replaced:
+            replaced.bond.intact = False
+        super().__setattr__(name, value)
+
+
+class Experts(nn.Module):
     """Routed experts; child ``e`` holds ``gate_proj`` and ``up_proj`` (I, H) and ``down_proj`` (H, I) of expert ``e``.
 
     Each token's outputs are put into a row per routed expert and summed over those rows, so the same input gives the
-    same bits on every run. Packed experts that no token is routed to are not called; dense ones are, with no rows,
-    because a walk that calibrates them expects each linear to run once per pass.
+    same bits on every run. :meth:`repack` puts packed experts into stacks, after which one grouped call multiplies with
+    gate and up projections of all experts and another with the down projections, and no routing decision is copied to
+    the host. Until then experts run one after the other: packed ones that no token is routed to are not called; dense
+    ones are, with no rows, because a walk that calibrates them expects each linear to run once per pass.
+
+    Names and values in the ``state_dict`` do not depend on it, nor does what ``to``, ``half``, ``load_state_dict``,
+    ``copy.deepcopy`` and ``pickle`` do.
 
     Args:
         merged: the module of transformers this replaces; its activation is used, its weights are not.
         experts: one module per expert.
     """
 
-    def __init__(self, merged: nn.Module, experts: list[nn.Module]) -> None:
-        super().__init__(experts)
+    def __init__(self, merged: nn.Module, experts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        for e, expert in enumerate(experts):
+            self.add_module(str(e), expert)
         shell = copy.copy(merged)
         shell.__dict__["_parameters"] = {}  # not to keep the merged weights alive
-        self._merged = (shell,)  # in a tuple, as it is no submodule: its name must not show in the state_dict
-        self.top_k = 0
+        self._merged: tuple[Any] = (
+            shell,
+        )  # in a tuple, as it is no submodule: its name must not show in the state_dict
+        self._count, self.top_k = len(experts), 0
+        self._bond: Bond | None = None
+        self._stacks: tuple[str, ...] = ()
+        self._restack = False
+        self.register_load_state_dict_post_hook(_restack)  # type: ignore[no-untyped-call]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Any:
+        return self._modules[str(range(self._count)[index])]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[e] for e in range(self._count))
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the experts run in grouped calls."""
+        return self._bond is not None and self._bond.intact
+
+    def repack(self) -> Experts:
+        """Put the projections of all experts into stacks where they are alike; returns self. Idempotent.
+
+        Their linears are to be repacked before. Needs memory for one more copy of one projection of all experts.
+        :func:`~lowbit.stacked.why_not_stackable` says why nothing happens.
+        """
+        if self._bond is None and self.why_not_stackable() is None:
+            self._bond = Bond()
+            for name, parts in self._plan().items():
+                linears = [[getattr(expert, part) for part in parts] for expert in self]
+                self.add_module(name, GroupedLinear(linears, self._bond))
+            self._stacks = tuple(self._plan())
+        return self
+
+    def why_not_stackable(self) -> str | None:
+        """Why the experts have to run one after the other; None when they need not."""
+        for part in self._parts():
+            reason = why_not_stackable([getattr(expert, part) for expert in self])
+            if reason is not None:
+                return f"{part}: {reason}"
+        return None
+
+    def take_apart(self) -> None:
+        """Undo :meth:`repack`: every linear has its own tensors again."""
+        for name in self._stacks:
+            stack = self._modules.pop(name)
+            assert isinstance(stack, GroupedLinear)
+            stack.take_apart()
+        self._stacks, self._bond = (), None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden_states (T, H)``, ``top_k_index`` and ``top_k_weights (T, k)`` -> ``(T, H)``.
 
         An index of ``len(self)`` or more routes to nobody.
         """
-        tokens, self.top_k = top_k_index.shape
-        x = hidden_states.reshape(tokens, -1)
-        chosen = top_k_index.reshape(-1)
+        tokens, top_k = top_k_index.shape
+        x, chosen, weights = hidden_states.flatten(0, -2), top_k_index.reshape(-1), top_k_weights.reshape(-1, 1)
+        if self._bond is not None and not self._bond.intact:
+            self.take_apart()
+        run = self._one_by_one if self._bond is None else self._grouped
+        rows = run(x, chosen, weights, top_k)
+        return rows.view(tokens, top_k, x.shape[1]).sum(1).to(hidden_states.dtype).view(hidden_states.shape)
+
+    def _grouped(self, x: Tensor, chosen: Tensor, weights: Tensor, top_k: int) -> Tensor:
+        """Weighted outputs ``(T * k, H)``, a row per token and choice; nothing here waits for the device."""
+        sorted_experts, order = torch.sort(chosen, stable=True)
+        experts = torch.arange(self._count, device=chosen.device, dtype=chosen.dtype)
+        ends = torch.searchsorted(sorted_experts, experts, right=True, out_int32=True)
+        stacks: Any = self._modules
+        routed = x[order // top_k]
+        if "gate_up" in self._stacks:
+            both = stacks["gate_up"](routed, ends)
+            merged = self._merged[0]
+            inner = merged._apply_gate(both) if merged.is_concatenated else self._activate(*both.chunk(2, -1))
+        else:
+            gate = stacks["gate"](routed, ends) if "gate" in self._stacks else None
+            inner = self._activate(gate, stacks["up"](routed, ends))
+        out: Tensor = stacks["down"](inner, ends) * weights[order]
+        back = order.scatter(0, order, torch.arange(len(order), device=order.device))  # the inverse permutation
+        return out[back]
+
+    def _one_by_one(self, x: Tensor, chosen: Tensor, weights: Tensor, top_k: int) -> Tensor:
+        """As :meth:`_grouped`, one expert after the other."""
+        self.top_k = top_k
         order = torch.argsort(chosen, stable=True)
         ends = torch.searchsorted(chosen[order], torch.arange(len(self), device=chosen.device), right=True).tolist()
-        weights = top_k_weights.reshape(-1, 1)
-        rows = x.new_zeros(tokens * self.top_k, x.shape[1], dtype=torch.promote_types(x.dtype, weights.dtype))
+        rows = x.new_zeros(len(chosen), x.shape[1], dtype=torch.promote_types(x.dtype, weights.dtype))
         start = 0
         for expert, end in zip(self, ends, strict=True):
             slots, start = order[start:end], end
             if len(slots) or isinstance(expert.down_proj, nn.Linear):
-                rows[slots] = (self._run(expert, x[slots // self.top_k]) * weights[slots]).to(rows.dtype)
-        return rows.view(tokens, self.top_k, -1).sum(1).to(hidden_states.dtype).view(hidden_states.shape)
+                rows[slots] = (self._run(expert, x[slots // top_k]) * weights[slots]).to(rows.dtype)
+        return rows
 
     def _run(self, expert: Any, x: Tensor) -> Tensor:
-        merged: Any = self._merged[0]
         up: Tensor = expert.up_proj(x)
-        if not merged.has_gate:
-            return expert.down_proj(merged.act_fn(up))  # type: ignore[no-any-return]
-        gate: Tensor = expert.gate_proj(x)
+        gate: Tensor | None = expert.gate_proj(x) if self._merged[0].has_gate else None
+        return expert.down_proj(self._activate(gate, up))  # type: ignore[no-any-return]
+
+    def _activate(self, gate: Tensor | None, up: Tensor) -> Tensor:
+        merged: Any = self._merged[0]
+        if gate is None:
+            return merged.act_fn(up)  # type: ignore[no-any-return]
         both = torch.cat((gate, up), -1) if merged.is_concatenated else torch.stack((gate, up), -1).flatten(-2)
-        return expert.down_proj(merged._apply_gate(both))  # type: ignore[no-any-return]
+        return merged._apply_gate(both)  # type: ignore[no-any-return]
+
+    def _parts(self) -> tuple[str, ...]:
+        return ("gate_proj", "up_proj", "down_proj") if self._merged[0].has_gate else ("up_proj", "down_proj")
+
+    def _plan(self) -> dict[str, tuple[str, ...]]:
+        """Stack -> projections in it; gate and up projection share one where both are slices of it in every layout."""
+        if self._merged[0].has_gate:
+            gate, up = self[0].gate_proj, self[0].up_proj
+            if can_be_one([gate, up]) and whole_rows(gate):
+                return {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
+        return {part.removesuffix("_proj"): (part,) for part in self._parts()}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
+        if not self.stacked:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return self
+        probe = next(iter(self)).down_proj.weight_scale.detach()[:0]
+        if fn(probe) is probe:  # "moved" to where it is: the slices stay good
+            for name in self._stacks:
+                self.get_submodule(name)._apply(fn, recurse)
+            return self
+        self.take_apart()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self.repack()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._restack = self.stacked
+        self.take_apart()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the stacks: the linears, copied alone, have tensors of their own."""
+        modules = {name: module for name, module in self._modules.items() if name not in self._stacks}
+        return {**self.__dict__, "_modules": modules, "_stacks": (), "_bond": None, "_restack": self.stacked}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _restack(self, None)
+
+
+def _restack(experts: nn.Module, _: object) -> None:
+    """After the linears have their new values, whether loaded or unpickled."""
+    assert isinstance(experts, Experts)
+    if experts._restack:
+        experts._restack = False
+        experts.repack()
 
 
 def why_not_separable(module: nn.Module) -> str | None:
@@ -99,7 +243,7 @@ def separate(merged: nn.Module) -> Experts:
     first = "gate_up_proj" if merged.has_gate else "up_proj"
     experts = []
     for (weight, bias), down in zip(_slices(merged, first), _slices(merged, "down_proj"), strict=True):
-        expert = nn.Module()
+        expert = Expert()
         if merged.has_gate:
             for i, name in enumerate(("gate_proj", "up_proj")):
                 half = _half(weight, i, merged), None if bias is None else _half(bias, i, merged)

@@ -204,6 +204,11 @@ class QuantLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         # Every way to move or convert a module comes through here, and fn may change the device or the scales' dtype.
+        # Pipelines and loaders also "move" models to where they are, which must not cost a repacking there and back.
+        probe = self.weight_scale.detach()[:0]
+        if fn(probe) is probe:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return self
         repacked = self._leave_layout()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self.repack() if repacked else self

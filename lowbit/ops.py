@@ -42,9 +42,12 @@ __all__ = [
     "aligned_rows",
     "best_layout",
     "from_disk",
+    "grouped_kernel",
+    "has_grouped_kernel",
     "int8_kernel",
     "packed_linear",
     "prepare",
+    "set_batch_invariant",
     "to_disk",
 ]
 
@@ -54,6 +57,21 @@ _CHUNK = 2**24  # weights of the GPU layout unpacked at a time
 _CHUNK_CPU = 2**20  # and on the CPU in a backward pass
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _HALVES = (torch.float16, torch.bfloat16)
+
+_batch_invariant = False
+
+
+def set_batch_invariant(enabled: bool) -> None:
+    """Make row i of every packed layer's result depend on row i of its input alone, bit for bit, whatever the batch.
+
+    For this process, until it is set again. The GPU kernels then run one tile for every number of tokens, never cuBLAS
+    and never split_k: slower for a single token and for long prompts. Results of a whole model are as independent of
+    the batch as its other layers are (attention, norms, the dense head). W8A8 layers always are: integers sum exactly.
+
+    Only fp16 and bf16 layers on a CUDA device can do it. Others raise a RuntimeError while it is set.
+    """
+    global _batch_invariant
+    _batch_invariant = bool(enabled)
 
 
 def packed_linear(
@@ -218,6 +236,11 @@ def _unpacked(
     layout: str,
 ) -> Tensor:
     """x (M, K) times a weight that is unpacked a chunk of rows at a time, on any device and from any layout."""
+    if _batch_invariant:
+        raise RuntimeError(
+            f"batch-invariant results are asked for (lowbit.set_batch_invariant), which only float16 and bfloat16 "
+            f"layers on a CUDA device have, not {x.dtype} on {x.device} in the layout {layout!r}"
+        )
     if layout != CUDA_TILES:
         return cpu.linear(x, weight, scales, zeros, bias, bits=bits, group_size=group_size, layout=layout)
     (m, k), n = x.shape, scales.shape[1]
@@ -249,6 +272,23 @@ def int8_kernel() -> Callable[..., Tensor]:
 
 
 @functools.cache
+def grouped_kernel() -> Callable[..., Tensor]:
+    """``lowbit_kernels.grouped.grouped_matmul``, imported when it is first needed."""
+    from lowbit_kernels.grouped import grouped_matmul
+
+    return grouped_matmul
+
+
+def has_grouped_kernel(device: torch.device) -> bool:
+    """Whether lowbit_kernels/grouped.py runs on a CUDA device."""
+    from lowbit_kernels.grouped import MIN_ARCH
+
+    from lowbit_kernels.weight_only import device_arch
+
+    return device_arch(device) >= MIN_ARCH
+
+
+@functools.cache
 def _warn_of_the_disk_layout() -> None:
     warnings.warn(
         "a packed weight in the disk layout is unpacked for every call on CUDA; QuantLinear.repack() (or lowbit.load) "
@@ -276,7 +316,8 @@ def _forward_cuda(
 ) -> Tensor:
     if layout == CUDA_TILES and x.dtype in _HALVES and x.ndim and scales.ndim == 2:  # the kernels check the rest
         flat, n = aligned_rows(x), scales.shape[1]
-        out = _weight_only_matmul()(flat, weight, scales, zeros, bias, bits=bits, group_size=group_size, n=n)
+        how: dict[str, Any] = {"bits": bits, "group_size": group_size, "n": n, "batch_invariant": _batch_invariant}
+        out = _weight_only_matmul()(flat, weight, scales, zeros, bias, **how)
         return out if x.ndim == 2 else out.view(*x.shape[:-1], n)
     _check(x, weight, scales, zeros, bias, bits, group_size, layout)
     if layout == DISK and x.dtype in _HALVES:

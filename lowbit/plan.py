@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -157,8 +158,8 @@ def _computes_a_linear(module: nn.Linear) -> bool:
     """False for subclasses, such as the routers of some mixtures of experts, that only store their weight like one."""
     if type(module).forward is nn.Linear.forward:
         return True
-    if module.weight.is_meta:  # nothing to compare yet
-        return False
+    if module.weight.is_meta:
+        module = _with_values(module)
     k, weight = module.in_features, module.weight
     x = torch.linspace(-1, 1, 2 * k, device=weight.device).reshape(2, k).to(weight.dtype)
     try:
@@ -168,6 +169,18 @@ def _computes_a_linear(module: nn.Linear) -> bool:
     expected = nn.functional.linear(x, weight, module.bias)
     same = isinstance(found, torch.Tensor) and found.shape == expected.shape
     return same and torch.allclose(found.float(), expected.float(), rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+
+
+def _with_values(module: nn.Linear) -> nn.Linear:
+    """A small stand-in for a module whose weight is not there yet: a copy of it with 4 rows of 8 columns."""
+    stand_in = copy.copy(module)
+    values = {"weight": torch.linspace(-1, 1, 32, device="cpu").reshape(4, 8).sin()}
+    if module.bias is not None:
+        values["bias"] = torch.linspace(-1, 1, 4, device="cpu")
+    parameters = {name: nn.Parameter(value, requires_grad=False) for name, value in values.items()}
+    stand_in.__dict__ = {**module.__dict__, "_parameters": {"bias": None, **parameters}}
+    stand_in.in_features, stand_in.out_features = 8, 4
+    return stand_in
 
 
 def _check(plan: Plan, model: nn.Module, spec: QuantSpec) -> None:

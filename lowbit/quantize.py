@@ -8,32 +8,33 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .activations import build_spec, check_request, needs_ranges, needs_text
-from .affine import QuantizedWeight, dequantize
-from .blockwise import METHODS, Calibration, quantize_blocks, quantize_dense
+from .activations import build_spec, check_request, needs_text
+from .blockwise import METHODS, Calibration
 from .data import check_vocabulary, load_text
+from .distributed import Ranks, checksum, join
 from .evaluate import context_length
+from .experts import Experts
 from .linear import Int8Linear, QuantLinear
-from .linearize import place, plan_linearized
+from .linearize import plan_linearized
 from .plan import Plan
-from .progress import track
-from .report import LayerRecord, QuantReport
-from .smooth import InputRanges, measure_inputs
+from .report import QuantReport
+from .run import ModuleStore, check_windows, run, tensor_bytes
 from .spec import PACKED_BITS, QuantSpec
-from .walk import Block, BlockInputs, block_stacks, capture_block_inputs, find_blocks, linears
+from .walk import find_blocks
 from .windows import choose_windows, enough
 
 __all__ = ["quantize", "quantize_"]
-
-_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
 def quantize_(
@@ -91,12 +92,12 @@ def quantize_(
     training = {name: module.training for name, module in model.named_modules()}
     try:
         how = Calibration(spec, method, where, _model_type(model), correct)
-        store = _Store(model, packed)
-        _run(model, plan, calibration, how, store, report, progress, smooth)
+        store = ModuleStore(model, packed)
+        run(model, plan, calibration, how, store, report, progress, smooth)
     finally:
         for name, module in model.named_modules():
             module.training = training.get(name, False)
-    for module in store.modules.values():
+    for module in (*store.modules.values(), *(m for m in model.modules() if isinstance(m, Experts))):
         module.repack()
     return report
 
@@ -144,106 +145,6 @@ def _model_type(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "model_type", ""))
 
 
-def _run(
-    model: nn.Module,
-    plan: Plan,
-    tokens: Tensor | None,
-    how: Calibration,
-    store: _Store,
-    report: QuantReport,
-    progress: bool,
-    smooth: float | None = None,
-) -> None:
-    """Quantize a model in place and fill in the report."""
-    started = time.perf_counter()
-    model.eval()
-    if tokens is not None:
-        modules = linears(model)
-        widest = max(modules[name].in_features for name in plan.targets)
-        if tokens.numel() < widest:
-            report.notes.append(
-                f"{tokens.numel()} calibration tokens for inputs of up to {widest} channels: the Hessians are "
-                f"singular and held up by damping; use more samples"
-            )
-    report.base_bytes = _tensor_bytes(model)
-    if tokens is not None and needs_ranges(how.spec, smooth):
-        store.inputs = _measure(model, plan, tokens, how, smooth)
-        report.notes += store.inputs.notes()
-    records = _records(model, plan, tokens, how, store)
-    report.layers = list(track(records, f"{how.method} {how.spec.label()}", len(plan.targets), progress))
-    report.packed_bytes = _tensor_bytes(model)
-    report.linear_bits = store.bits_per_weight()
-    report.seconds["quantize"] = time.perf_counter() - started
-
-
-def _records(
-    model: nn.Module, plan: Plan, tokens: Tensor | None, how: Calibration, store: _Store
-) -> Iterator[LayerRecord]:
-    if tokens is None:
-        yield from quantize_dense(model, plan.targets, how.spec, how.device, store)
-        return
-    for stack in block_stacks(find_blocks(model)):
-        yield from quantize_blocks(stack, plan.targets, _block_inputs(model, stack, tokens, how), how, store)
-
-
-def _block_inputs(model: nn.Module, blocks: Sequence[Block], tokens: Tensor, how: Calibration) -> BlockInputs:
-    embedding_device = next(model.parameters()).device
-    rows = max(1, _BATCH_TOKENS.get(how.device.type, _BATCH_TOKENS["cuda"]) // tokens.shape[1])
-    batches = [batch.to(embedding_device) for batch in tokens.split(rows)]
-    return capture_block_inputs(model, blocks, batches)
-
-
-def _measure(model: nn.Module, plan: Plan, tokens: Tensor, how: Calibration, smooth: float | None) -> InputRanges:
-    blocks = find_blocks(model)
-    if len(block_stacks(blocks)) > 1:
-        raise ValueError(
-            f"{type(model).__name__}: static activations and smoothing need a model of one stack of blocks"
-        )
-    inputs = _block_inputs(model, blocks, tokens, how)
-    static = needs_ranges(how.spec, None)
-    return measure_inputs(
-        blocks, plan.targets, inputs, how.device, static=static, alpha=smooth, model_type=how.model_type
-    )
-
-
-class _Store:
-    """Where quantized weights go: into modules that replace the linears once their block is done."""
-
-    def __init__(self, model: nn.Module, packed: bool) -> None:
-        self._model, self._packed = model, packed
-        self._bits = self._weights = 0
-        self._pending: list[tuple[str, QuantLinear | Int8Linear]] = []
-        self.modules: dict[str, QuantLinear | Int8Linear] = {}
-        self.inputs = InputRanges()
-
-    def __call__(self, name: str, linear: nn.Linear, qw: QuantizedWeight) -> None:
-        n, k = qw.codes.shape
-        zero_bits = 0 if qw.zeros is None else -(-n * qw.spec.bits // 32) * 32 * qw.zeros.shape[1]
-        self._bits += n * k * qw.spec.bits + qw.scales.numel() * qw.scales.element_size() * 8 + zero_bits
-        self._weights += n * k
-        if not self._packed:
-            linear.weight.data = dequantize(qw).to(linear.weight)
-            return
-        bias = None if linear.bias is None else linear.bias.detach()
-        self._pending.append((name, self.inputs.pack(name, qw, bias)))
-
-    def flush(self, device: torch.device) -> None:
-        """Swap the finished modules in, on ``device``."""
-        for name, module in self._pending:
-            place(self._model, name, module.to(device))
-            self.modules[name] = module
-        self._pending.clear()
-
-    def bits_per_weight(self) -> float:
-        """Stored bits per quantized weight, scales and zeros counted."""
-        return self._bits / self._weights if self._weights else 0.0
-
-
-def _tensor_bytes(model: nn.Module) -> int:
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
 def quantize(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -268,7 +169,9 @@ def quantize(
 ) -> QuantReport:
     """Quantize a model folder into a packed folder that lowbit, vLLM, SGLang and transformers open.
 
-    ``out`` appears when it is complete and not before; the input is never changed.
+    ``out`` appears when it is complete and not before; the input is never changed. Under ``torchrun``, or where a
+    process group exists, every rank makes the same call: they share the calibration (:mod:`lowbit.distributed`), each
+    on the GPU of its number where there are any, rank 0 writes and prints, and all return its report.
 
     Args:
         model: folder or hub id of a causal language model.
@@ -299,9 +202,9 @@ def quantize(
 
     Raises:
         ValueError, OSError: bad input, before any work; the message names the value and what is allowed.
+        ConnectionError: another rank failed, ended, or did not answer in time.
     """
     from . import hf
-    from .checkpoint import CheckpointWriter, check_output
 
     spec = build_spec(bits, group_size, symmetric, activations)
     check_request(spec, method, smooth, calibrated=True, packed=True)
@@ -309,37 +212,127 @@ def quantize(
         calibration = "wikitext2"
     _check_method(method, spec, torch.zeros(1, 1, dtype=torch.int64), True)
     _check_counts(samples, seq_len)
-    check_output(out, model, overwrite)
     where = hf.parse_device(device)
     hf.parse_dtype(dtype)
-    if calibration is not None and Path(calibration).suffix not in (".txt", ".jsonl"):
-        hf.resolve(model, trust_remote_code=trust_remote_code)  # a mistyped model should not cost a data set's download
+    request = _Request(
+        model, out, spec, method, smooth, calibration, samples, seq_len, tuple(ignore), dtype, seed, overwrite,
+        allow_partial, trust_remote_code,
+    )  # fmt: skip
+    with join(where.type) as ranks:
+        return _quantize_folder(request, _device(where, ranks), ranks, verbose and ranks.rank == 0)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What :func:`quantize` was asked for; its arguments of these names."""
+
+    model: str | os.PathLike[str]
+    out: str | os.PathLike[str]
+    spec: QuantSpec
+    method: str
+    smooth: float | None
+    calibration: str | os.PathLike[str] | None
+    samples: int | None
+    seq_len: int
+    ignore: tuple[str, ...]
+    dtype: str
+    seed: int
+    overwrite: bool
+    allow_partial: bool
+    trust_remote_code: bool
+
+    def facts(self) -> dict[str, str]:
+        """What every rank must be given alike, and by whom. Folders may be mounted elsewhere: see :func:`_facts`."""
+        from . import __version__
+
+        facts = {"the version of lowbit": __version__, "the version of torch": str(torch.__version__)}
+        facts["the version of transformers"] = version("transformers")
+        shared = (f.name for f in fields(self) if f.name not in ("model", "out", "calibration", "overwrite"))
+        return facts | {f"the argument {name}": repr(getattr(self, name)) for name in shared}
+
+
+def _device(where: torch.device, ranks: Ranks) -> torch.device:
+    """The rank's own: of the GPUs of its machine the one of its number there."""
+    if ranks.count == 1 or where.type == "cpu":
+        return where
+    if where.index is not None:
+        raise ValueError(
+            f"device '{where}' names one GPU for {ranks.count} ranks; with device cuda each takes one of its own"
+        )
+    from . import hf
+
+    return hf.parse_device(f"cuda:{ranks.local}")
+
+
+def _quantize_folder(request: _Request, where: torch.device, ranks: Ranks, verbose: bool) -> QuantReport:
+    """:func:`quantize` of arguments that are in order, by one of the ranks."""
+    from .checkpoint import CheckpointWriter, check_output
+
+    ranks.agree(request.facts())
+    if ranks.rank == 0:
+        check_output(request.out, request.model, request.overwrite)
     started = time.perf_counter()
-    text = (
-        None
-        if calibration is None
-        else load_text(calibration, "train", max_chars=enough(calibration, samples, seq_len))
-    )
-    loaded, tokenizer = hf.load_dense(model, dtype=dtype, trust_remote_code=trust_remote_code)
-    tokens = None
-    report = QuantReport(os.fspath(model), method, spec, 0.0, out=os.fspath(out))
-    if text is not None:
-        seq_len = min(seq_len, context_length(loaded))
-        tokens = choose_windows(tokenizer, text, samples, seq_len, seed)
-        check_vocabulary(tokens, loaded.get_input_embeddings().num_embeddings)
-        report.calibration = _calibration_record(text.name, text.sha256, tokens)
-    plan = plan_linearized(loaded, spec, ignore, in_blocks=True, allow_partial=allow_partial)
+    report = QuantReport(os.fspath(request.model), request.method, request.spec, 0.0, out=os.fspath(request.out))
+    model, tokenizer, tokens = _load(request, report)
+    plan = plan_linearized(model, request.spec, request.ignore, in_blocks=True, allow_partial=request.allow_partial)
     report.coverage, report.skipped = plan.coverage, list(plan.skipped)
+    if ranks.count > 1:
+        ranks.agree(_facts(model, tokens, report))
+        report.calibration = report.calibration and {**report.calibration, "ranks": ranks.count}
+    if tokens is not None:
+        check_windows(len(tokens), ranks)
     report.seconds["load"] = time.perf_counter() - started
-    with CheckpointWriter(out, overwrite=overwrite) as writer:
+    how = Calibration(request.spec, request.method, where, _model_type(model), ranks=ranks)
+    with ExitStack() as stack:
+        if ranks.rank == 0:
+            writer = stack.enter_context(CheckpointWriter(request.out, overwrite=request.overwrite))
+        ranks.collect(None)  # nobody starts before the output is known to be writable
         if verbose:
-            print(_describe(report, plan, loaded, where), file=sys.stderr)
-        how = Calibration(spec, method, where, _model_type(loaded))
-        _run(loaded, plan, tokens, how, _Store(loaded, packed=True), report, verbose, smooth)
-        _write(writer, loaded, tokenizer, model, report)
+            print(_describe(report, plan, model, where), file=sys.stderr)
+        run(model, plan, tokens, how, ModuleStore(model, packed=True), report, verbose, request.smooth)
+        ranks.collect(None)  # nothing is written for ranks that are gone
+        if ranks.rank == 0:
+            _write(writer, model, tokenizer, request.model, report)
+        report = ranks.first(lambda: report)
     if verbose:
         print(report.summary())
     return report
+
+
+def _load(request: _Request, report: QuantReport) -> tuple[Any, Any, Tensor | None]:
+    """The model, its tokenizer, and the windows to calibrate on, which the report describes."""
+    from . import hf
+
+    text = None
+    if request.calibration is not None:
+        if Path(request.calibration).suffix not in (".txt", ".jsonl"):
+            # a mistyped model should not cost a data set's download
+            hf.resolve(request.model, trust_remote_code=request.trust_remote_code)
+        most = enough(request.calibration, request.samples, request.seq_len)
+        text = load_text(request.calibration, "train", max_chars=most)
+    model, tokenizer = hf.load_dense(request.model, dtype=request.dtype, trust_remote_code=request.trust_remote_code)
+    if text is None:
+        return model, tokenizer, None
+    seq_len = min(request.seq_len, context_length(model))
+    tokens = choose_windows(tokenizer, text, request.samples, seq_len, request.seed)
+    check_vocabulary(tokens, model.get_input_embeddings().num_embeddings)
+    report.calibration = _calibration_record(text.name, text.sha256, tokens)
+    return model, tokenizer, tokens
+
+
+def _facts(model: nn.Module, tokens: Tensor | None, report: QuantReport) -> dict[str, str]:
+    """The text and the model, which the ranks must agree on too."""
+    from . import hf
+
+    facts = {}
+    if tokens is not None and report.calibration is not None:
+        facts["the calibration text"] = f"sha256 {report.calibration['sha256'][:16]}"
+        facts["the calibration tokens"] = f"{list(tokens.shape)}, {checksum(tokens)}"
+    config = {key: value for key, value in hf.config_dict(model).items() if not key.startswith(("_", "transformers_"))}
+    facts["the model"] = type(model).__name__
+    facts |= {f"the model's config.json at {key}": repr(value) for key, value in sorted(config.items())}
+    facts |= {f"the model's weight {name}": checksum(tensor) for name, tensor in model.state_dict().items()}
+    return facts
 
 
 def _check_counts(samples: int | None, seq_len: int) -> None:
@@ -379,5 +372,5 @@ def _describe(report: QuantReport, plan: Plan, model: nn.Module, device: torch.d
         data = f"{c['windows']} x {c['seq_len']} tokens of {c['source']}"
     return (
         f"plan: {len(plan.targets)} weights ({plan.coverage:.1%} of the decoder) to {report.spec.label()} by "
-        f"{report.method} on {device}, {data}; {_tensor_bytes(model) / 1e6:.1f} MB model -> {report.out}"
+        f"{report.method} on {device}, {data}; {tensor_bytes(model) / 1e6:.1f} MB model -> {report.out}"
     )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .calib.hessian import Hessian
+from .distributed import ALONE, Ranks
 from .experts import Experts
 
 __all__ = ["BLENDED", "RoutedInputs"]
@@ -28,9 +29,9 @@ class RoutedInputs:
       inputs weigh, or on the weight's alone where there is none.
     """
 
-    def __init__(self, block: nn.Module, device: torch.device) -> None:
+    def __init__(self, block: nn.Module, device: torch.device, ranks: Ranks = ALONE) -> None:
         self._experts = {name: m for name, m in block.named_modules() if isinstance(m, Experts)}
-        self._device = device
+        self._device, self._ranks = device, ranks
         self._all: dict[str, Hessian] = {}
         self._complete: set[str] = set()
         self._hooks: list[RemovableHandle] = []
@@ -77,7 +78,9 @@ class RoutedInputs:
         owner = self._owner(linear)
         if owner is None:
             return own.mean(), None
-        self._complete.add(owner)  # every batch has come by: later passes bring the same tokens again
+        if owner not in self._complete:
+            self._complete.add(owner)  # every batch has come by: later passes bring the same tokens again
+            self._ranks.add_up(self._all[owner])
         everyone = self._all[owner].mean()
         tokens, module = own.tokens, self._experts[owner].get_submodule(linear.removeprefix(f"{owner}."))
         assert isinstance(module, nn.Linear)

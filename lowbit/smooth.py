@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .affine import QuantizedWeight
+from .distributed import ALONE, Ranks
 from .fold import apply_fold, exact_folds
 from .linear import Int8Linear, QuantLinear
 from .mappings import Fold, reasons_without_fold, resolve
@@ -132,6 +133,7 @@ def measure_inputs(
     static: bool,
     alpha: float | None,
     model_type: str = "",
+    ranks: Ranks = ALONE,
 ) -> InputRanges:
     """Smooth every block where ``alpha`` is given, and find static input scales where ``static``.
 
@@ -140,6 +142,7 @@ def measure_inputs(
         targets: full names of the linears that will be quantized; scales are folded only where all readers are.
         inputs: as caught by :func:`lowbit.walk.capture_block_inputs`; the hidden states are replaced block by block.
         device: where blocks are run; they end where they were.
+        ranks: processes that each have a part of the inputs.
 
     Raises:
         ValueError: a target that no token reached has no static scale, or an input is NaN or infinite.
@@ -150,7 +153,7 @@ def measure_inputs(
         block.module.to(device)
         prefix = f"{block.name}."
         wanted = {name.removeprefix(prefix) for name in targets if name.startswith(prefix)}
-        work = _Work(block, index, inputs, device, wanted, found)
+        work = _Work(block, index, inputs, device, wanted, found, ranks)
         if alpha is not None:
             work.smooth(alpha, model_type)
         if static:
@@ -166,9 +169,17 @@ class _Work:
     """One block of :func:`measure_inputs`, on the compute device."""
 
     def __init__(
-        self, block: Block, index: int, inputs: BlockInputs, device: torch.device, wanted: set[str], found: InputRanges
+        self,
+        block: Block,
+        index: int,
+        inputs: BlockInputs,
+        device: torch.device,
+        wanted: set[str],
+        found: InputRanges,
+        ranks: Ranks,
     ) -> None:
         self.block, self.index, self.inputs, self.device, self.found = block, index, inputs, device, found
+        self.ranks = ranks
         self.modules = linears(block.module)
         groups = (tuple(n for n in g.names if n in wanted) for g in linear_groups(block, inputs, index, device))
         self.groups = [group for group in groups if group]
@@ -203,6 +214,11 @@ class _Work:
             largest[name] = torch.maximum(largest[name], found) if name in largest else found
 
         self._observe(take)
+        for name, *_ in self.groups:
+            unreached = torch.full((self.modules[name].in_features,), -1.0, device=self.device)
+            values = self.ranks.max_(largest.get(name, unreached))
+            if bool((values >= 0).any()):
+                largest[name] = values
         for name, values in largest.items():
             if not bool(values.isfinite().all()):
                 raise ValueError(f"{self.full(name)}: the calibration inputs contain NaN or infinite values")
@@ -213,7 +229,7 @@ class _Work:
         reasons = reasons_without_fold(block, model_type)
         with _in_float32(block):
             folds = [fold for fold in resolve(block, model_type) if all(name in maxima for name in fold.balance)]
-            good, bad = exact_folds(block, folds, *self._one_batch())
+            good, bad = self.ranks.first(lambda: exact_folds(block, folds, *self._one_batch()))
             for fold in bad:
                 why = f"moving a scale into {fold.smooth} changed the block's output"
                 reasons.update(dict.fromkeys(fold.balance, why))
@@ -248,6 +264,8 @@ class _Work:
         dtypes = {group[0]: self.modules[group[0]].weight.dtype for group in self.groups}
         searches = {name: StaticScale(float(maxima[name].max()), dtype) for name, dtype in dtypes.items()}
         self._observe(lambda name, x: searches[name].add(x))
+        for name in searches:
+            self.ranks.sum_(searches[name].losses)
         for group in self.groups:
             self.found.scales.update({self.full(name): searches[group[0]].best() for name in group})
 

@@ -19,12 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .headers import INDEX, SINGLE_SHARD
 from .manifest import MANIFEST, build_manifest, fsync_path, json_text
 
-__all__ = ["INDEX", "SINGLE_SHARD", "CheckpointWriter", "check_output"]
-
-SINGLE_SHARD = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+__all__ = ["CheckpointWriter", "check_output"]
 
 _DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16,

@@ -203,6 +203,11 @@ case("autoround-awq-w4g32-asym", auto_round, **ROUND, sym=False, format="auto_aw
 case("autoround-gptq-w4g32-sym", auto_round, **ROUND, sym=True, format="auto_gptq")
 case("autoround-gptq-w4g32-asym", auto_round, **ROUND, sym=False, format="auto_gptq")
 case("autoround-gptq-w4g32-underflow", auto_round, shift=0.3, **ROUND, sym=False, format="auto_gptq")
+# AutoRound's own quant_method. Its asymmetric packing is AWQ's, which 0.15.1 and 0.16.1 fail to write on a CPU.
+case("autoround-native-w4g32-sym", auto_round, **ROUND, sym=True, format="auto_round")
+case("autoround-native-mixed", auto_round, **ROUND, sym=True, format="auto_round", layer_config={
+    "model.layers.0.self_attn.k_proj": {"bits": 8}, "model.layers.0.mlp.up_proj": {"bits": 16},
+})  # fmt: skip
 case("autoround-ct-w4g32-sym", auto_round, **ROUND, sym=True, format="llm_compressor")
 
 

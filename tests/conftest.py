@@ -5,6 +5,10 @@ import sys
 
 import pytest
 import torch
+import torch.utils._device
+
+# torch lists what "with torch.device(...)" reaches once, at its first use, by identity: that has to be before the wraps
+torch.utils._device._device_constructors()
 
 POISON = 0x7D  # small enough for every integer dtype, and no code, shape or count of ours
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import MATMUL_CASES, assert_close, random_quantized, tolerance
+from helpers import MATMUL_CASES, Case, assert_close, random_quantized, tolerance
 from lowbit import int8, linear, ops
 from lowbit.affine import dequantize
 from lowbit.linear import Int8Linear, QuantLinear
@@ -51,6 +51,16 @@ else:
             x, module.weight_packed, module.weight_scale, module.weight_zero_point, module.bias, spec.bits,
             spec.group_size, module._layout,
         )  # fmt: skip
+
+    def test_rows_can_be_made_independent_of_the_batch(monkeypatch):
+        _, module = packed(Case(33, 48, 512), monkeypatch)
+        x = torch.randn(33, module.in_features).half()
+        ops.set_batch_invariant(True)
+        try:
+            whole = on_cuda(module, x)
+            assert all(torch.equal(on_cuda(module, x[:m]), whole[:m]) for m in (1, 5, 16, 17))
+        finally:
+            ops.set_batch_invariant(False)
 
     # prefill's cuBLAS family compiles for a GPU only where the dispatcher takes it, which needs more tokens
     @pytest.mark.parametrize("case", [c for c in MATMUL_CASES if c.m <= 33], ids=str)

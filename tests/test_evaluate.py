@@ -11,6 +11,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import architectures
 import lowbit
 from lowbit import evaluate as lowbit_evaluate
 from lowbit.data import load_text
@@ -228,3 +229,16 @@ def test_nan_logits_are_an_error_and_not_a_figure(model, tokenizer):
 
 def test_the_name_in_the_package_is_the_function():
     assert lowbit.evaluate is lowbit_evaluate and callable(lowbit.evaluate)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("t5", "encoder-decoder"), ("bert", "an encoder or has no language model head")],
+)
+def test_what_predicts_no_next_token_is_refused(name, reason, tokenizer, model):
+    """A number would come out of BERT; it would mean nothing."""
+    other = architectures.tiny(name)
+    with pytest.raises(ValueError, match=f"causal language models; .* is .*{reason}"):
+        evaluate(other, tokenizer, TEXT, seq_len=64, max_windows=1)
+    with pytest.raises(ValueError, match=f"causal language models; .* is .*{reason}"):
+        evaluate(model, tokenizer, TEXT, base=other, seq_len=64, max_windows=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,20 @@ from torch import Tensor
 from lowbit import hf
 from lowbit.affine import QuantizedWeight, dequantize
 from lowbit.checkpoint import Checkpoint, read_checkpoint
-from lowbit.formats.awq import awq_tensors, parse_awq_config
+from lowbit.foreign_config import (
+    AwqConfig,
+    GptqConfig,
+    parse_auto_round_config,
+    parse_awq_config,
+    parse_gptq_config,
+)
+from lowbit.formats.awq import AwqFormat, awq_tensors
 from lowbit.formats.base import LayerTensors, PackedLinear, StoredWeight, order_from_groups, read_weight
-from lowbit.formats.gptq import gptq_config, gptq_tensors, parse_gptq_config
+from lowbit.formats.gptq import GptqFormat, gptq_config, gptq_tensors
 from lowbit.formats.reordered import ReorderedLinear
 from lowbit.linear import Int8Linear, QuantLinear
 from lowbit.spec import QuantSpec
-from packed_folder import random_layer
+from packed_folder import edit_config, random_layer
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TOKENS = torch.arange(3, 3 + 24).reshape(2, 12) * 7 % 32  # as in scripts/make_fixtures.py
@@ -50,6 +58,8 @@ READ: dict[str, tuple[str, str, str, float | None]] = {
     "autoround-awq-w4g32-asym": ("awq", "w4g32asym", "w4g32asym", None),
     "autoround-gptq-w4g32-sym": ("gptq", "w4g32sym", "w4g32sym", None),
     "autoround-gptq-w4g32-asym": ("gptq", "w4g32asym", "w4g32asym", None),
+    "autoround-native-w4g32-sym": ("gptq", "w4g32sym", "w4g32sym", None),
+    "autoround-native-mixed": ("gptq", "w8g32sym", "w4g32sym", None),
     "autoround-ct-w4g32-sym": ("compressed-tensors", "w4g32sym", "w4g32sym", None),
     "llmcompressor-w4g32-sym-gptq": ("compressed-tensors", "w4g32sym", "w4g32sym", SINGLE),
     "llmcompressor-w4g32-asym": ("compressed-tensors", "w4g32asym", "w4g32asym", SINGLE),
@@ -252,9 +262,9 @@ def test_gptq_by_its_definition(
     assert torch.equal(weight, centered * qw.scales.float()[:, g_idx])
     # and back
     linear = PackedLinear("m", (n, k), spec, torch.float16, 0, stored.order is not None)
-    form = parse_gptq_config(json.loads(json.dumps(gptq_config({"m": linear}, [], version))))
+    form = GptqFormat(parse_gptq_config(json.loads(json.dumps(gptq_config({"m": linear}, [], version)))))
     layer = as_layer("m", tensors)
-    assert (form.version, form.check(layer).reordered) == (version, stored.order is not None)
+    assert (form.config.version, form.check(layer).reordered) == (version, stored.order is not None)
     assert same(read_weight(form, layer, form.check(layer)), stored)
 
 
@@ -269,20 +279,56 @@ def test_awq_by_its_definition(group: int, words: int, groups: int, seed: int) -
     tensors = awq_tensors("m", stored)
     assert np.array_equal(tensors["m.qweight"].numpy(), numpy_awq(stored.weight.codes.numpy().T))
     assert np.array_equal(tensors["m.qzeros"].numpy(), numpy_awq(stored.weight.zeros.numpy().T))
-    form = parse_awq_config({"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm"})
+    form = AwqFormat(parse_awq_config({"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm"}))
     layer = as_layer("m", tensors)
     assert same(read_weight(form, layer, form.check(layer)), stored)
 
 
 def test_awq_rows_that_do_not_fill_a_word() -> None:
     qw = random_layer(16, 13, QuantSpec(4, -1, False))
-    form, layer = parse_awq_config({"bits": 4, "group_size": -1}), as_layer("m", awq_tensors("m", StoredWeight(qw)))
+    form, layer = AwqFormat(AwqConfig(qw.spec)), as_layer("m", awq_tensors("m", StoredWeight(qw)))
     assert same(read_weight(form, layer, form.check(layer)), StoredWeight(qw))
 
 
 def test_old_names_of_awq_fields_are_read() -> None:
     form = parse_awq_config({"w_bit": 4, "q_group_size": 64, "zero_point": True, "version": "GEMM"})
     assert form.spec == QuantSpec(4, 64, False)
+
+
+AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False, "data_type": "int"}
+
+
+@pytest.mark.parametrize(
+    ("packing", "same_as", "label"),
+    [
+        ("auto_round:auto_gptq", "autoround-gptq-w4g32-asym", "gptq"),
+        ("auto_round", "gptqmodel-v2-w4g32-asym", "gptq-v2"),
+        ("auto_round:auto_awq", "autoround-awq-w4g32-asym", "awq"),
+    ],
+)
+def test_auto_rounds_own_method_is_another_name_for_the_packing(
+    packing: str, same_as: str, label: str, tmp_path: Path
+) -> None:
+    """Its files have the tensors of GPTQ, versions 1 and 2, and of AWQ."""
+    folder = shutil.copytree(FIXTURES / same_as, tmp_path / "m")
+    edit_config(folder, lambda config: config.update(quantization_config={**AUTO_ROUND, "packing_format": packing}))
+    (folder / "quantize_config.json").unlink(missing_ok=True)
+    ours, theirs = read_checkpoint(folder), read_checkpoint(FIXTURES / same_as)
+    assert ours.format.label == theirs.format.label == label
+    assert all(same(ours.stored_weight(name), theirs.stored_weight(name)) for name in theirs.linears)
+
+
+def test_auto_rounds_settings_of_single_layers() -> None:
+    extra = {"a.b": {"bits": 16}, "c": {"bits": 8, "group_size": 64}, "c.*(q|k)": {"bits": 2}}
+    form = parse_auto_round_config({**AUTO_ROUND, "extra_config": extra})
+    assert isinstance(form, GptqConfig) and form.version == 1
+    assert form.settings_for("c").spec == QuantSpec(8, 64, False)
+    assert form.settings_for("x.c.q").spec == QuantSpec(2, 32, False)
+    assert form.settings_for("a.bc").spec == form.settings_for("other").spec == QuantSpec(4, 32, False)
+    with pytest.raises(ValueError, match="leaves it out"):
+        form.settings_for("a.b")
+    awq = {**AUTO_ROUND, "packing_format": "auto_round:auto_awq", "extra_config": {"a.b": {"bits": 16}}}
+    assert parse_auto_round_config(awq) == AwqConfig(QuantSpec(4, 32, False), ("a.b",))
 
 
 def test_gptq_dynamic_rules_apply_in_order_and_from_the_start_of_a_name() -> None:

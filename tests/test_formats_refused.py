@@ -35,6 +35,7 @@ from packed_folder import edit_config, edit_tensors
 FIXTURES = Path(__file__).parent / "fixtures"
 TOKENS = torch.arange(3, 3 + 24).reshape(2, 12) * 7 % 32
 DOWN_PROJ = "model.layers.0.mlp.down_proj"
+V1, V2, AWQ_FILE = "gptqmodel-v1-w4g32-sym", "gptqmodel-v2-w4g32-asym-actorder", "gptqmodel-awq-w4g32"
 
 
 def test_gptq_zeros_that_underflowed_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -51,10 +52,16 @@ def test_asymmetric_activations_are_refused() -> None:
         read_checkpoint(FIXTURES / "llmcompressor-w8a8-static-asym")
 
 
+@pytest.fixture
+def damaged(tmp_path: Path) -> Callable[[str], Path]:
+    return lambda name: Path(shutil.copytree(FIXTURES / name, tmp_path / name))
+
+
 # --- what must be refused -------------------------------------------------------------------------------------------
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, "data_type": "int"}
 SECTIONS: dict[str, tuple[Any, str]] = {
     "another method": ({"quant_method": "bitsandbytes"}, r"lowbit reads .*gptq.*awq.*'bitsandbytes'"),
     "a private method": ({"quant_method": "my-own"}, "lowbit reads .*'my-own'"),
@@ -72,6 +79,15 @@ SECTIONS: dict[str, tuple[Any, str]] = {
     "gptq adapter": ({**GPTQ, "adapter": {"name": "lora"}}, "adapter must be empty"),
     "gptq dynamic regex": ({**GPTQ, "dynamic": {"+:(": {}}}, "not a regular expression"),
     "gptq dynamic bits": ({**GPTQ, "dynamic": {"+:a": {"bits": 3}}}, r"dynamic\['\+:a'\].bits must be"),
+    "auto-round packing": ({**ROUND, "packing_format": "auto_round:llm_compressor"}, "packing_format must be one of"),
+    "auto-round float": ({**ROUND, "data_type": "mx_fp"}, "data_type must be 'int', got 'mx_fp'"),
+    "auto-round activations": ({**ROUND, "act_bits": 8}, "act_bits must be 16, got 8"),
+    "auto-round rotation": ({**ROUND, "rotation_config": {"name": "h"}}, "rotation_config must be empty"),
+    "auto-round 3 bits": ({**ROUND, "bits": 3}, r"bits must be one of \(2, 4, 8\) to be read, got 3"),
+    "auto-round layer": ({**ROUND, "extra_config": {"a": 4}}, r"extra_config\['a'\] must be a JSON object"),
+    "auto-round awq layer": (
+        {**ROUND, "packing_format": "auto_round:auto_awq", "extra_config": {"a": {"bits": 8}}}, "settings of their own"
+    ),
     "awq version": ({**AWQ, "version": "gemv"}, "AWQ version must be 'gemm' to be read, got 'gemv'"),
     "awq backend": ({**AWQ, "backend": "llm-awq"}, "backend must be 'autoawq'"),
     "awq 8 bits": ({**AWQ, "bits": 8}, "AWQ weights have 4 bits, got 8"),
@@ -84,6 +100,25 @@ SECTIONS: dict[str, tuple[Any, str]] = {
 def test_a_configuration_lowbit_does_not_read_is_refused(section: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_section(section)
+
+
+@pytest.mark.parametrize(("section", "message"), SECTIONS.values(), ids=SECTIONS)
+def test_the_command_line_refuses_it_in_one_message(
+    section: Any, message: str, damaged: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = damaged(V1)
+    edit_config(folder, lambda config: config.update(quantization_config=section))
+    text = folder.parent / "text.txt"
+    text.write_text("It was the best of times.")
+    before = sorted(folder.parent.rglob("*"))
+    convert_to_dense = ["convert", str(folder), str(folder.parent / "out"), "--to", "dense"]
+    evaluate = ["eval", str(folder), "--data", str(text), "--device", "cpu"]
+    for command in (["inspect", str(folder)], ["doctor", str(folder)], convert_to_dense, evaluate):
+        assert main(command) == 2
+        captured = capfd.readouterr()
+        assert captured.out == "" and captured.err.startswith("lowbit: error: ") and "Traceback" not in captured.err
+        assert re.search(message, captured.err) and captured.err.count("\n") == 1
+    assert sorted(folder.parent.rglob("*")) == before
 
 
 def change(name: str, make: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
@@ -101,7 +136,6 @@ def poke(index: tuple[int, ...], value: float) -> Callable[[Tensor], Tensor]:
     return apply
 
 
-V1, V2, AWQ_FILE = "gptqmodel-v1-w4g32-sym", "gptqmodel-v2-w4g32-asym-actorder", "gptqmodel-awq-w4g32"
 STATIC, DYNAMIC = "llmcompressor-w8a8-static", "llmcompressor-w8a8-dynamic"
 DAMAGE: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
     "g_idx too large": (V2, change("g_idx", poke((5,), 3)), r"g_idx must be in \[0, 2\], got 3 at column 5"),
@@ -137,11 +171,6 @@ DAMAGE: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
     "input scales": (STATIC, change("input_scale", lambda t: t.repeat(2)), r"input_scale must be .* \(1,\), got"),
     "awq scale": (AWQ_FILE, change("scales", poke((1, 1), float("inf"))), "finite and not zero, got inf"),
 }  # fmt: skip
-
-
-@pytest.fixture
-def damaged(tmp_path: Path) -> Callable[[str], Path]:
-    return lambda name: Path(shutil.copytree(FIXTURES / name, tmp_path / name))
 
 
 @pytest.mark.parametrize(("name", "damage", "message"), DAMAGE.values(), ids=DAMAGE)
@@ -190,7 +219,7 @@ def test_a_configuration_that_contradicts_its_tensors_is_refused(
         hf.load(folder, device="cpu")
 
 
-def test_a_missing_shard_is_named(damaged: Callable[[str], Path]) -> None:
+def test_a_missing_shard_is_named(damaged: Callable[[str], Path], capfd: pytest.CaptureFixture[str]) -> None:
     folder = damaged(V1)
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
@@ -198,6 +227,9 @@ def test_a_missing_shard_is_named(damaged: Callable[[str], Path]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(FileNotFoundError, match=r"the shard model-00002-of-00002\.safetensors .* is missing"):
         read_checkpoint(folder)
+    for command in ("inspect", "doctor"):
+        assert main([command, str(folder)]) == 2
+        assert "the shard model-00002-of-00002.safetensors" in capfd.readouterr().err
 
 
 def test_code_that_comes_with_a_model_is_not_run(

@@ -31,34 +31,51 @@ ALLOWED = {
     "lowbit.int8": "torch .ops",
     "lowbit.linear": "torch .cpu .int8 .ops .packing .affine .spec",
     "lowbit.blocks": "torch",
+    "lowbit.distributed": "torch",
     "lowbit.walk": "torch greenlet .blocks",
     "lowbit.report": ".spec",
     "lowbit.plan": "torch .experts .report .spec .walk",
-    "lowbit.experts": "torch",
-    "lowbit.routed": "torch .calib .experts",
+    "lowbit.grouped": "torch .cpu .ops",
+    "lowbit.stacked": "torch .cpu .grouped .linear .ops",
+    "lowbit.experts": "torch .stacked",
+    "lowbit.routed": "torch .calib .distributed .experts",
     "lowbit.linearize": "torch .experts .plan .spec .walk",
-    "lowbit.blockwise": "torch .affine .calib .fold .mappings .report .routed .spec .walk",
+    "lowbit.blockwise": "torch .affine .calib .distributed .fold .heap .mappings .report .routed .spec .walk",
     "lowbit.mappings": "torch",
     "lowbit.fold": "torch .mappings .walk",
-    "lowbit.smooth": "torch .affine .fold .linear .mappings .walk",
-    "lowbit.pack_quantized": "torch .packing .affine .spec",
+    "lowbit.smooth": "torch .affine .distributed .fold .linear .mappings .walk",
+    "lowbit.pack_config": ".spec",
+    "lowbit.foreign_config": ".manifest .pack_config .spec",
+    "lowbit.headers": ".manifest",
+    "lowbit.pack_quantized": "torch .packing .affine",
     "lowbit.manifest": "",
-    "lowbit.writer": "torch safetensors . .manifest .pack_quantized",
-    "lowbit.shards": "torch safetensors .manifest .writer",
-    "lowbit.formats": "torch .affine .formats .pack_quantized .packing .spec",
+    "lowbit.heap": "",
+    "lowbit.writer": "torch safetensors . .headers .manifest",
+    "lowbit.shards": "torch safetensors .headers",
+    "lowbit.formats": "torch .affine .formats .foreign_config .pack_config .pack_quantized .packing .spec",
     "lowbit.formats.reordered": "torch .formats .affine .linear",
-    "lowbit.checkpoint": "torch safetensors .formats .manifest .pack_quantized .packing .affine .shards .spec .writer",
+    "lowbit.checkpoint": "torch .affine .foreign_config .formats .headers .manifest .pack_config .pack_quantized "
+    ".shards .writer",
     "lowbit.inspection": "torch .checkpoint .hf .manifest .pack_quantized .spec",
-    "lowbit.hf": "torch transformers huggingface_hub safetensors .hf .checkpoint .formats .manifest .pack_quantized "
-    ".experts .linear .linearize .packing .affine .spec",
-    "lowbit.convert": "torch .affine .checkpoint .formats .hf .progress",
+    "lowbit.hf": "torch transformers huggingface_hub safetensors peft fastapi jinja2 uvicorn .facts .hf .calib "
+    ".checkpoint .cpu .formats .manifest .activations .expand .experts .headers .heap .linear .int8 "
+    ".linearize .ops .pack_config .pack_quantized .packing .affine .report .spec",
+    "lowbit.facts": ".foreign_config .headers .pack_config .spec",
+    "lowbit.doctor": "rich .facts .hub_headers",
+    "lowbit.hub_headers": "huggingface_hub .headers",
+    "lowbit.expand": "torch .affine .checkpoint",
+    "lowbit.convert": "torch .checkpoint .expand .formats .hf .progress",
     "lowbit.data": "torch datasets",
     "lowbit.windows": "torch .data",
     "lowbit.progress": "rich",
     "lowbit.evaluate": "torch .data .progress .hf",
-    "lowbit.quantize": "torch .activations .affine .blockwise .checkpoint .data .evaluate .hf .linear "
-    ".linearize .plan .progress .report .smooth .spec .walk .windows",
-    "lowbit.cli": "typer . .activations .data",
+    "lowbit.run": "torch .activations .affine .blockwise .distributed .linear .linearize .plan .progress .report "
+    ".smooth .walk",
+    "lowbit.quantize": "torch . .activations .blockwise .checkpoint .data .distributed .evaluate .experts .hf "
+    ".linear .linearize .plan .report .run .spec .walk .windows",
+    "lowbit.vllm_plugin": "vllm .vllm_kernel",
+    "lowbit.vllm_kernel": "torch vllm .ops .spec",
+    "lowbit.cli": "typer . .activations .data .doctor .distributed .hf",
     "lowbit_kernels": "torch triton",
 }
 
@@ -170,7 +187,7 @@ LEAN = """
 import sys, lowbit
 assert "torch" not in sys.modules, "`import lowbit` alone needs no torch"
 for name in lowbit.__all__:
-    if name != "load":  # which is transformers' model, and so needs it
+    if name not in ("LowbitConfig", "install", "load", "uninstall"):  # which are about transformers, and so need it
         getattr(lowbit, name)
 import torch
 heavy = {"transformers", "datasets", "triton", "lowbit_kernels", "typer", "rich"} & set(sys.modules)

@@ -260,3 +260,22 @@ def test_symmetric_only_layouts_refuse_zeros():
     weight, zeros = torch.zeros(1, 8, 32, dtype=torch.int8), torch.zeros(8, 1, dtype=torch.uint8)
     with pytest.raises(ValueError, match="holds symmetric weights"):
         packed_linear(torch.zeros(1, 32), weight, torch.ones(8, 1), zeros, None, bits=8, group_size=-1, layout=CPU_INT8)
+
+
+# --- rows that do not depend on the batch
+
+
+def test_batch_invariance_is_refused_where_nothing_gives_it():
+    """On a CPU: neither torch's packed operators nor its matmul promise it."""
+    x, qw, bias = arguments(Case(3, 48, 128), torch.float32)
+    args, options = (x, *disk_tensors(qw), bias), {"bits": 4, "group_size": qw.spec.group_size}
+    expected = packed_linear(*args, **options)
+    ops.set_batch_invariant(True)
+    try:
+        with pytest.raises(
+            RuntimeError, match=r"only float16 and bfloat16 layers on a CUDA device have, not torch.float32 on cpu"
+        ):
+            packed_linear(*args, **options)
+    finally:
+        ops.set_batch_invariant(False)
+    assert torch.equal(packed_linear(*args, **options), expected)

@@ -50,8 +50,10 @@ def checks(device: torch.device, arch: int, *, interpret: bool) -> Iterator[Chec
             yield from _adversarial(family, dtype, device, arch, interpret)
         if family != "dequant":
             yield from _same_bits(family, dtypes[0], device, arch, interpret)
-    from check_int8 import int8_checks  # which uses this module
+    from check_grouped import grouped_checks  # which use this module
+    from check_int8 import int8_checks
 
+    yield from grouped_checks(device, dtypes, arch, interpret=interpret)
     yield from int8_checks(device, dtypes, interpret=interpret)
     yield from _invariant(dtypes[0], device, interpret)
     yield from _dispatched(dtypes[0], device, arch, interpret)

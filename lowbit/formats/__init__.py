@@ -7,28 +7,21 @@
 | awq                | `version` gemm                         | awq.py             |
 
 What is peculiar to a format (AWQ's order of nibbles, GPTQ version 1's zero minus one, ``g_idx``) is known in its module
-and nowhere else.
+and nowhere else. config.json's part of a format is read in ``pack_config.py`` and ``foreign_config.py``.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..pack_quantized import QUANT_METHOD as COMPRESSED_TENSORS
-from ..pack_quantized import parse_quantization_config
-from .awq import QUANT_METHOD as AWQ
-from .awq import parse_awq_config
-from .base import PackedLinear, SourceFormat, StoredWeight, as_mapping
+from ..foreign_config import GptqConfig, read_section
+from ..pack_config import PackedFormat
+from .awq import AwqFormat
+from .base import PackedLinear, SourceFormat, StoredWeight
 from .compressed import CompressedFormat
-from .gptq import QUANT_METHOD as GPTQ
-from .gptq import parse_gptq_config
+from .gptq import GptqFormat
 
 __all__ = ["PackedLinear", "SourceFormat", "StoredWeight", "parse_section"]
-
-_READ = (
-    "compressed-tensors (format pack-quantized or int-quantized), gptq (checkpoint_format gptq or gptq_v2) and awq "
-    "(version gemm)"
-)
 
 
 def parse_section(section: Any) -> SourceFormat:
@@ -37,11 +30,7 @@ def parse_section(section: Any) -> SourceFormat:
     Raises:
         ValueError: a method, format or version lowbit does not read (says which it reads), or contradictory fields.
     """
-    method = as_mapping(section, "quantization_config").get("quant_method")
-    if method == COMPRESSED_TENSORS:
-        return CompressedFormat(parse_quantization_config(section))
-    if method == GPTQ:
-        return parse_gptq_config(section)
-    if method == AWQ:
-        return parse_awq_config(section)
-    raise ValueError(f"lowbit reads the quant_methods {_READ}; this checkpoint has quant_method {method!r}")
+    config = read_section(section)
+    if isinstance(config, PackedFormat):
+        return CompressedFormat(config)
+    return GptqFormat(config) if isinstance(config, GptqConfig) else AwqFormat(config)

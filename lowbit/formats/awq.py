@@ -19,24 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..foreign_config import AWQ, AWQ_BITS, AwqConfig
 from ..packing import pack_codes, unpack_codes
-from ..spec import QuantSpec
 from .base import SCALE_DTYPES, LayerTensors, PackedLinear, StoredWeight, check_scales, zeros_of
 
-__all__ = ["QUANT_METHOD", "AwqFormat", "awq_config", "awq_tensors", "check_awq", "parse_awq_config"]
+__all__ = ["AwqFormat", "awq_config", "awq_tensors", "check_awq"]
 
-QUANT_METHOD = "awq"
-BITS = 4
+BITS = AWQ_BITS
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column, of the eight of a word, that each nibble holds; nibble 0 is the low bits."""
 
 
 @dataclass(frozen=True)
 class AwqFormat:
-    """An AWQ ``quantization_config`` that was read; implements :class:`~lowbit.formats.base.SourceFormat`."""
+    """AWQ as a :class:`~lowbit.formats.base.SourceFormat`, with a configuration that was read."""
 
-    spec: QuantSpec
-    dense: tuple[str, ...] = ()
+    config: AwqConfig
 
     label = "awq"
     parts = ("qweight", "qzeros", "scales")
@@ -47,24 +45,24 @@ class AwqFormat:
 
     def check(self, layer: LayerTensors) -> PackedLinear:
         """See :class:`~lowbit.formats.base.SourceFormat`."""
-        name, shape = layer.name, tuple(layer.infos["qweight"].shape)
-        for part in self.dense:
+        name, shape, spec = layer.name, tuple(layer.infos["qweight"].shape), self.config.spec
+        for part in self.config.dense:
             if part in name:
                 raise ValueError(f"{name} is packed, but quantization_config.modules_to_not_convert lists {part!r}")
         if len(shape) != 2 or 0 in shape:
             raise ValueError(f"{name}.qweight must be a matrix, got the shape {shape}")
         k, n = shape[0], shape[1] * 8
-        groups = self.spec.num_groups(k, name)
+        groups = spec.num_groups(k, name)
         layer.expect("qweight", (torch.int32,), (k, n // 8))
         layer.expect("qzeros", (torch.int32,), (groups, n // 8))
         layer.expect("scales", SCALE_DTYPES, (groups, n))
         check_scales(f"{name}.scales", layer.read("scales"))
-        if self.spec.symmetric and bool((_unpack(layer.read("qzeros")) != self.spec.mid_code).any()):
+        if spec.symmetric and bool((_unpack(layer.read("qzeros")) != spec.mid_code).any()):
             raise ValueError(
-                f"{name}.qzeros holds zero points other than {self.spec.mid_code}, but quantization_config says "
+                f"{name}.qzeros holds zero points other than {spec.mid_code}, but quantization_config says "
                 "zero_point: false"
             )
-        return PackedLinear(name, (n, k), self.spec, layer.infos["scales"].dtype, layer.nbytes)
+        return PackedLinear(name, (n, k), spec, layer.infos["scales"].dtype, layer.nbytes)
 
     def packed(self, layer: LayerTensors, linear: PackedLinear) -> Tensor:
         """See :class:`~lowbit.formats.base.SourceFormat`."""
@@ -105,33 +103,6 @@ def _pack(codes: Tensor) -> Tensor:
     """Inverse of :func:`_unpack`."""
     rows, columns = codes.shape
     return pack_codes(codes.reshape(rows, -1, 8)[:, :, list(ORDER)].reshape(rows, columns), BITS)
-
-
-def parse_awq_config(section: Mapping[str, Any]) -> AwqFormat:
-    """Read a ``quantization_config`` with ``quant_method: awq``.
-
-    Raises:
-        ValueError: another version than GEMM, another width than 4 bits, or a group size lowbit does not read.
-    """
-    version = str(section.get("version", "gemm")).lower()
-    if version != "gemm":
-        raise ValueError(f"quantization_config: AWQ version must be 'gemm' to be read, got {section['version']!r}")
-    if section.get("backend", "autoawq") not in ("autoawq", None):
-        raise ValueError(f"quantization_config: AWQ backend must be 'autoawq', got {section['backend']!r}")
-    bits = section.get("bits", section.get("w_bit"))
-    if type(bits) is not int or bits != BITS:
-        raise ValueError(f"quantization_config: AWQ weights have {BITS} bits, got {bits!r}")
-    zero_point = section.get("zero_point", True)
-    if type(zero_point) is not bool:
-        raise ValueError(f"quantization_config.zero_point must be true or false, got {zero_point!r}")
-    dense = section.get("modules_to_not_convert") or []
-    if not isinstance(dense, list) or not all(isinstance(name, str) for name in dense):
-        raise ValueError(f"quantization_config.modules_to_not_convert must be a list of names, got {dense!r}")
-    try:
-        spec = QuantSpec(BITS, section.get("group_size", section.get("q_group_size", 128)), not zero_point)
-    except ValueError as error:
-        raise ValueError(f"quantization_config: {error}") from None
-    return AwqFormat(spec, tuple(dense))
 
 
 def check_awq(linear: PackedLinear) -> None:
@@ -181,7 +152,7 @@ def awq_config(linears: Mapping[str, PackedLinear], dense: Sequence[str]) -> dic
                 f"awq cannot leave {name} dense: readers look for that text in names, and {longer} has it too"
             )
     return {
-        "quant_method": QUANT_METHOD,
+        "quant_method": AWQ,
         "version": "gemm",
         "bits": BITS,
         "group_size": sizes[0],

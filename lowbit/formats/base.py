@@ -24,7 +24,6 @@ __all__ = [
     "PackedLinear",
     "SourceFormat",
     "StoredWeight",
-    "as_mapping",
     "check_scales",
     "disk_tensor",
     "disk_tensors",
@@ -244,14 +243,3 @@ def order_from_groups(name: str, g_idx: Tensor, groups: int) -> Tensor | None:
     if bool((g_idx[1:] >= g_idx[:-1]).all()):
         return None
     return torch.argsort(g_idx, stable=True)
-
-
-def as_mapping(value: object, where: str) -> Mapping[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ValueError: something else.
-    """
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{where} must be a JSON object, got {value!r}")
-    return value

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pack_quantized import PackedFormat, from_int8
+from ..pack_config import PackedFormat
+from ..pack_quantized import from_int8
 from ..packing import pack_codes, packed_width, unpack_codes
 from ..spec import QuantSpec
 from .base import SCALE_DTYPES, LayerTensors, PackedLinear, check_scales

@@ -23,78 +23,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..foreign_config import GPTQ, GPTQ_VERSIONS, GptqConfig
 from ..packing import pack_codes, packed_width, unpack_codes
-from ..spec import PACKED_BITS, QuantSpec
+from ..spec import QuantSpec
 from .base import (
     SCALE_DTYPES,
     LayerTensors,
     PackedLinear,
     StoredWeight,
-    as_mapping,
     check_scales,
     order_from_groups,
     zeros_of,
 )
 
-__all__ = ["QUANT_METHOD", "GptqFormat", "check_gptq", "gptq_config", "gptq_tensors", "parse_gptq_config"]
-
-QUANT_METHOD = "gptq"
-_VERSIONS = {"gptq": 1, "gptq_v2": 2}
-# Each changes what the stored tensors mean or what has to be computed besides them.
-_MUST_BE_EMPTY = ("activation", "adapter", "rotation")
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """One entry of ``dynamic``: layers whose name ``pattern`` matches get ``settings``, or stay dense (None)."""
-
-    pattern: str
-    settings: GptqSettings | None
-
-
-@dataclass(frozen=True)
-class GptqSettings:
-    """Spec and act-order flag of a group of layers."""
-
-    spec: QuantSpec
-    desc_act: bool
+__all__ = ["GptqFormat", "check_gptq", "gptq_config", "gptq_tensors"]
 
 
 @dataclass(frozen=True)
 class GptqFormat:
-    """A GPTQ ``quantization_config`` that was read; implements :class:`~lowbit.formats.base.SourceFormat`.
+    """GPTQ as a :class:`~lowbit.formats.base.SourceFormat`, with a configuration that was read."""
 
-    Attributes:
-        version: 1 (``zero - 1`` is stored) or 2.
-        settings: of layers that no rule names.
-        rules: GPTQModel's ``dynamic``, the first that matches counts.
-    """
-
-    version: int
-    settings: GptqSettings
-    rules: tuple[_Rule, ...] = ()
+    config: GptqConfig
 
     parts = ("qweight", "qzeros", "scales", "g_idx")
 
     @property
     def label(self) -> str:
         """``gptq`` or ``gptq-v2``."""
-        return "gptq" if self.version == 1 else "gptq-v2"
-
-    def settings_for(self, name: str) -> GptqSettings:
-        """Settings of a quantized layer.
-
-        Raises:
-            ValueError: the configuration says it is not quantized.
-        """
-        for rule in self.rules:
-            if re.match(rule.pattern, name):
-                if rule.settings is None:
-                    raise ValueError(
-                        f"{name} is packed, but quantization_config.dynamic leaves it out ({rule.pattern})"
-                    )
-                return rule.settings
-        return self.settings
+        return "gptq" if self.config.version == 1 else "gptq-v2"
 
     def required(self, name: str) -> tuple[str, ...]:
         """See :class:`~lowbit.formats.base.SourceFormat`."""
@@ -102,7 +58,7 @@ class GptqFormat:
 
     def check(self, layer: LayerTensors) -> PackedLinear:
         """See :class:`~lowbit.formats.base.SourceFormat`."""
-        settings, name = self.settings_for(layer.name), layer.name
+        settings, name = self.config.settings_for(layer.name), layer.name
         spec = settings.spec
         rows, n = _two(layer, "qweight")
         k = rows * 32 // spec.bits
@@ -155,11 +111,11 @@ class GptqFormat:
     def _zeros(self, layer: LayerTensors, spec: QuantSpec, n: int) -> Tensor:
         """``(N, G)``; version 1's ``2**bits - 1`` becomes ``2**bits`` (0 in 8 bits), which ``_check_zeros`` refuses."""
         stored = unpack_codes(layer.read("qzeros"), spec.bits, n).t().contiguous()
-        return stored + 1 if self.version == 1 else stored
+        return stored + 1 if self.config.version == 1 else stored
 
     def _check_zeros(self, name: str, zeros: Tensor, spec: QuantSpec) -> None:
         overflow = zeros == 2**spec.bits % 256
-        if self.version == 1 and bool(overflow.any()):
+        if self.config.version == 1 and bool(overflow.any()):
             raise ValueError(
                 f"{name}.qzeros holds {spec.max_code} in {int(overflow.sum())} of {overflow.numel()} places. GPTQ "
                 f"version 1 stores zero - 1, so that is a zero point of 0 that underflowed, or one of {2**spec.bits}, "
@@ -190,55 +146,6 @@ def _two(layer: LayerTensors, part: str) -> tuple[int, int]:
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"{layer.name}.{part} must be a matrix, got the shape {shape}")
     return shape[0], shape[1]
-
-
-def parse_gptq_config(section: Mapping[str, Any]) -> GptqFormat:
-    """Read a ``quantization_config`` with ``quant_method: gptq``. Keys without influence on the tensors are skipped.
-
-    Raises:
-        ValueError: a version, width, group size or word type lowbit does not read; names it and those it reads.
-    """
-    # AutoGPTQ and optimum write checkpoint_format, GPTQModel writes both; without either it is version 1.
-    form = section.get("checkpoint_format") or section.get("format") or "gptq"
-    if not isinstance(form, str) or form not in _VERSIONS:
-        raise ValueError(f"quantization_config: GPTQ checkpoint_format must be one of {list(_VERSIONS)}, got {form!r}")
-    if section.get("is_marlin_format"):
-        raise ValueError("quantization_config: is_marlin_format is true; lowbit reads GPTQ in its own layout only")
-    if section.get("pack_dtype") not in (None, "int32"):
-        raise ValueError(f"quantization_config.pack_dtype must be 'int32', got {section['pack_dtype']!r}")
-    for key in _MUST_BE_EMPTY:
-        if section.get(key):
-            raise ValueError(f"quantization_config.{key} must be empty, got {section[key]!r}")
-    settings = _settings(section, "quantization_config", None)
-    rules = []
-    for key, changes in as_mapping(section.get("dynamic") or {}, "quantization_config.dynamic").items():
-        where = f"quantization_config.dynamic[{key!r}]"
-        pattern = key[2:] if key.startswith(("+:", "-:")) else key
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{where}: not a regular expression: {error}") from None
-        dense = key.startswith("-:")
-        rules.append(_Rule(pattern, None if dense else _settings(as_mapping(changes, where), where, settings)))
-    return GptqFormat(_VERSIONS[form], settings, tuple(rules))
-
-
-def _settings(fields: Mapping[str, Any], where: str, defaults: GptqSettings | None) -> GptqSettings:
-    """Read bits, group_size, sym and desc_act; what is missing comes from ``defaults``."""
-    spec = None if defaults is None else defaults.spec
-    bits = fields.get("bits", spec and spec.bits)
-    group_size = fields.get("group_size", 128 if spec is None else spec.group_size)
-    symmetric = fields.get("sym", True if spec is None else spec.symmetric)
-    desc_act = fields.get("desc_act", False if defaults is None else defaults.desc_act)
-    if type(bits) is not int or bits not in PACKED_BITS:
-        raise ValueError(f"{where}.bits must be one of {PACKED_BITS} to be read, got {bits!r}")
-    for key, value in (("sym", symmetric), ("desc_act", desc_act)):
-        if type(value) is not bool:
-            raise ValueError(f"{where}.{key} must be true or false, got {value!r}")
-    try:
-        return GptqSettings(QuantSpec(bits, group_size, symmetric), desc_act)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
 
 
 def check_gptq(linear: PackedLinear, zeros: Tensor | None, version: int) -> None:
@@ -296,13 +203,13 @@ def gptq_config(linears: Mapping[str, PackedLinear], dense: Sequence[str], versi
     """
     specs = [linear.spec for linear in linears.values()]
     main = max(dict.fromkeys(specs), key=specs.count)
-    form = {number: name for name, number in _VERSIONS.items()}[version]
+    form = {number: name for name, number in GPTQ_VERSIONS.items()}[version]
     dynamic: dict[str, dict[str, Any]] = {f"-:^{re.escape(name)}$": {} for name in dense}
     for name, linear in linears.items():
         if linear.spec != main:
             dynamic[f"+:^{re.escape(name)}$"] = _fields(linear.spec)
     return {
-        "quant_method": QUANT_METHOD,
+        "quant_method": GPTQ,
         "checkpoint_format": form,
         "format": form,
         **_fields(main),

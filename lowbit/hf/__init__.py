@@ -4,18 +4,23 @@ No other part of lowbit imports transformers.
 """
 
 from .export import checkpoint_names, companion_files, config_dict, dense_tensors, ignore_names
+from .installed import install, uninstall
 from .loading import load, load_dense
+from .onthefly import LowbitConfig
 from .source import parse_device, parse_dtype, resolve
 
 __all__ = [
+    "LowbitConfig",
     "checkpoint_names",
     "companion_files",
     "config_dict",
     "dense_tensors",
     "ignore_names",
+    "install",
     "load",
     "load_dense",
     "parse_device",
     "parse_dtype",
     "resolve",
+    "uninstall",
 ]

@@ -11,19 +11,28 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, revert_weight_conversion
 
-from ..experts import Experts
+from ..experts import Experts, why_not_separable
 
 __all__ = ["revert_names", "separated"]
 
 _MERGED = re.compile(r"experts\.(gate_up_proj|up_proj|down_proj)$")
+_LOOKAHEAD = re.compile(r"\(\?!.*\)$")
 
 
 def separated(model: nn.Module, conversions: Sequence[Any]) -> list[Any]:
     """``conversions`` of a model for its :class:`~lowbit.experts.Experts`: what merges experts is replaced by renamings
-    of the projections of one expert (Mixtral's files say w1, w3 and w2). Without such experts, all stay."""
-    if not any(isinstance(module, Experts) for module in model.modules()):
+    of the projections of one expert (Mixtral's files say w1, w3 and w2). Without such experts, all stay.
+
+    Where experts of other layers are still merged (left dense), what merges those stays, said of their names alone: in
+    files they are single experts too.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    if not any(isinstance(module, Experts) for module in modules.values()):
         return list(conversions)
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    merged = [name.removeprefix(prefix) for name, module in modules.items() if why_not_separable(module) is None]
     kept: list[Any] = []
+    done: set[str] = set()
     for entry in conversions:
         found = isinstance(entry, WeightConverter) and _MERGED.search(entry._original_target_patterns[0])
         if not found:
@@ -31,9 +40,16 @@ def separated(model: nn.Module, conversions: Sequence[Any]) -> list[Any]:
             continue
         parts = ("gate_proj", "up_proj") if found[1] == "gate_up_proj" else (found[1],)
         for source, part in zip(entry._original_source_patterns, parts, strict=True):
-            stored = source.removesuffix(".weight").rpartition(".")[2]
+            stored = _LOOKAHEAD.sub("", source).removesuffix(".weight").rpartition(".")[2]
             if stored != part:
                 kept.append(WeightRenaming(rf"\.experts\.(\d+)\.{stored}\.", rf".experts.\1.{part}."))
+        for name in merged:
+            target = f"{name}.{found[1]}"
+            if target not in done:
+                done.add(target)
+                # not weight_packed, nor any other part of a packed one
+                sources = [rf"{name}.*.{part}.weight(?!\w)" for part in parts]
+                kept.append(WeightConverter(sources, [target], operations=entry.operations))
     return kept
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .experts import revert_names
@@ -42,9 +43,32 @@ def checkpoint_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, 
 
 def ignore_names(model: PreTrainedModel, dense_linears: Iterable[str]) -> list[str]:
     """``quantization_config.ignore`` for the linears left dense: their module names, and where they differ the names in
-    the checkpoint too. transformers matches the former, other engines the latter."""
-    names = checkpoint_names(model, dense_linears)
-    return list(dict.fromkeys([*names, *names.values()]))
+    the checkpoint too. transformers matches the former, other engines the latter.
+
+    With them goes what is no ``nn.Linear`` here but one in other engines (vLLM 0.32, ``qwen3_moe.py``): routers, that
+    is modules with a two-dimensional weight of their own, and experts that are still merged, as a pattern per layer.
+    """
+    routers = [name for name, module in model.named_modules() if _is_linear_elsewhere(module)]
+    names = checkpoint_names(model, [*dense_linears, *routers])
+    return list(dict.fromkeys([*names, *names.values(), *_merged_experts(model)]))
+
+
+def _is_linear_elsewhere(module: nn.Module) -> bool:
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is None or isinstance(module, (nn.Linear, nn.Embedding)):
+        return False
+    return weight.ndim == 2 and weight.is_floating_point()
+
+
+def _merged_experts(model: PreTrainedModel) -> list[str]:
+    """``re:`` patterns for the linears that other engines make of the 3-D weights of dense experts."""
+    merged = {
+        name: torch.empty_like(parameter, device="meta")
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and name.rpartition(".")[2] in ("gate_up_proj", "up_proj", "down_proj")
+    }
+    of_one = (re.match(r"(.*\.experts)\.", name) for name in revert_names(model, merged))
+    return list(dict.fromkeys(f"re:{re.escape(found[1])}\\..*" for found in of_one if found))
 
 
 def dense_tensors(model: PreTrainedModel, exclude: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

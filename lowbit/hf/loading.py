@@ -15,9 +15,8 @@ from transformers.utils import logging as hf_logging
 from transformers.utils.import_utils import is_accelerate_available
 
 from ..checkpoint import Checkpoint, quantization_section, read_checkpoint, read_config, read_tensor_infos
-from ..linear import Int8Linear, QuantLinear
 from .foreign import foreign_from_pretrained
-from .quantizer import in_memory_config
+from .quantizer import in_memory_config, prepare
 from .source import auto_class, parse_device, parse_dtype, resolve
 
 __all__ = ["TOKENIZER_FILES", "load", "load_dense"]
@@ -36,6 +35,9 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     trust_remote_code: bool = False,
+    device_map: str | dict[str, Any] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    distributed_config: Any = None,
 ) -> Loaded:
     """Load a causal language model for inference; a packed folder stays packed.
 
@@ -46,6 +48,12 @@ def load(
         device: ``auto`` is CUDA when there is one, else the CPU.
         dtype: of embeddings, norms, scales and activations; ``auto`` is the checkpoint's.
         trust_remote_code: run Python code that comes with the model. Never taken from a configuration file.
+        device_map: spread the model over devices with accelerate instead: ``"auto"``, or a dict from module names to
+            devices, ``"cpu"`` and ``"disk"`` among them. As in transformers; with ``device`` auto.
+        offload_folder: where transformers puts what does not lie in the checkpoint as it is needed, for ``"disk"``.
+        distributed_config: transformers' ``DistributedConfig(tp_size=..., tp_plan="auto")``, under ``torchrun`` with
+            that many processes: each loads its part of every layer, onto a GPU of its own where there are any.
+            compressed-tensors folders only, with ``device`` auto.
 
     Returns:
         the model in eval mode on ``device``, and its tokenizer (None where the folder has none).
@@ -58,15 +66,59 @@ def load(
     """
     target, compute = parse_device(device), parse_dtype(dtype)
     folder = resolve(path_or_id, trust_remote_code=trust_remote_code)
+    shared = _shared(device, device_map, offload_folder, distributed_config)
     if quantization_section(folder, read_config(folder)) is None:
-        return _load_dense(folder, compute, target, trust_remote_code)
+        return _load_dense(folder, compute, target, trust_remote_code, **shared)
     checkpoint = read_checkpoint(folder)
+    if distributed_config is not None and not checkpoint.in_lowbit_layout:
+        raise ValueError(
+            f"{folder} is not in the layout of compressed-tensors, which several ranks can read parts of; "
+            f"`lowbit convert {folder} OUT --to compressed-tensors` writes it so"
+        )
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    config.quantization_config = in_memory_config(checkpoint, compute)
+    in_place = (
+        target.type == "cpu" or bool(shared) or is_accelerate_available()
+    )  # else loaded on the CPU and moved, see below
+    config.quantization_config = in_memory_config(checkpoint, compute, repack=in_place)
     with _quiet(warnings=True):
-        model = _from_pretrained(folder, compute, target, trust_remote_code, checkpoint, config=config)
-    _prepare(model)
+        model = _from_pretrained(folder, compute, target, trust_remote_code, checkpoint, config=config, **shared)
+    if not in_place:
+        prepare(model)
     return model, _tokenizer(folder, trust_remote_code)
+
+
+def _shared(
+    device: str | torch.device,
+    device_map: str | dict[str, Any] | None,
+    offload_folder: str | os.PathLike[str] | None,
+    distributed_config: Any,
+) -> dict[str, Any]:
+    """Options of ``from_pretrained`` for a model that is not to lie on one device; none for one that is.
+
+    Raises:
+        ValueError: options that do not go together, or accelerate is missing.
+    """
+    if distributed_config is None and device_map is None:
+        if offload_folder is not None:
+            raise ValueError(f"offload_folder {os.fspath(offload_folder)!r} goes with a device_map, there is none")
+        return {}
+    if distributed_config is not None:
+        if device_map is not None:
+            raise ValueError("give a device_map or a distributed_config, not both: each says where everything goes")
+        if str(device) != "auto":
+            raise ValueError(
+                f"with a distributed_config, which gives each rank its device, device must be auto: {device}"
+            )
+        return {"distributed_config": distributed_config}
+    if str(device) != "auto":
+        raise ValueError(f"with a device_map, which says where everything goes, device must be auto, got {device!s}")
+    if not isinstance(device_map, (str, dict)):
+        raise ValueError(
+            f"device_map must be a name such as 'auto' or a dict of modules and devices, got {device_map!r}"
+        )
+    if not is_accelerate_available():
+        raise ValueError("a device_map needs the package accelerate, which is not installed")
+    return {"device_map": device_map, "offload_folder": offload_folder}
 
 
 def load_dense(
@@ -92,10 +144,12 @@ def load_dense(
     return _load_dense(folder, compute, target, trust_remote_code)
 
 
-def _load_dense(folder: Path, dtype: torch.dtype | None, device: torch.device, trust_remote_code: bool) -> Loaded:
+def _load_dense(
+    folder: Path, dtype: torch.dtype | None, device: torch.device, trust_remote_code: bool, **options: Any
+) -> Loaded:
     read_tensor_infos(folder)  # a truncated shard is reported by its name, before anything is built
     with _quiet(warnings=False):
-        model = _from_pretrained(folder, dtype, device, trust_remote_code)
+        model = _from_pretrained(folder, dtype, device, trust_remote_code, **options)
     return model, _tokenizer(folder, trust_remote_code)
 
 
@@ -108,7 +162,8 @@ def _from_pretrained(
     **options: Any,
 ) -> PreTrainedModel:
     # Without accelerate transformers can only load to the CPU; the model is moved afterwards.
-    if device.type == "cuda" and is_accelerate_available():
+    shared = "distributed_config" in options or "device_map" in options  # then transformers chooses the device
+    if device.type == "cuda" and is_accelerate_available() and not shared:
         options["device_map"] = {"": device}
     options["dtype"] = "auto" if dtype is None else dtype
     options["ignore_mismatched_sizes"] = True  # reported below, with names and shapes, instead of a bare RuntimeError
@@ -138,26 +193,13 @@ def _from_pretrained(
     for what, names in problems.items():
         if names:
             raise ValueError(f"{folder} does not fit {type(model).__name__}: {what}: {names[:5]}, {len(names)} in all")
-    moved: PreTrainedModel = model.to(device)
+    moved: PreTrainedModel = model if shared else model.to(device)
     return moved
 
 
 def _is_zero_bias(checkpoint: Checkpoint, name: str) -> bool:
     layer, _, part = name.rpartition(".")
     return part == "bias" and layer in checkpoint.linears and not bool(checkpoint.tensor(name).any())
-
-
-def _prepare(model: PreTrainedModel) -> None:
-    """Make the loaded QuantLinears ready to run."""
-    for name, module in model.named_modules():
-        if not isinstance(module, (QuantLinear, Int8Linear)):
-            continue
-        scales = module.weight_scale
-        # They were finite and not zero in the file, but may be either in a dtype of a smaller range.
-        if not bool((torch.isfinite(scales) & (scales != 0)).all()):
-            raise ValueError(f"{name}: its scales do not fit into {scales.dtype}; load it with dtype auto or float32")
-        module.requires_grad_(False)  # transformers makes every floating point parameter it loads trainable
-        module.repack()
 
 
 def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:

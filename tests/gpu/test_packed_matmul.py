@@ -6,6 +6,7 @@ import torch
 from helpers import MATMUL_CASES, Case, assert_close, random_quantized, tolerance
 from lowbit.affine import dequantize
 from lowbit.linear import QuantLinear
+from lowbit.ops import set_batch_invariant
 from lowbit.spec import QuantSpec
 
 pytestmark = pytest.mark.skipif(
@@ -54,6 +55,18 @@ def test_the_same_input_gives_the_same_bits(case):
     first = module(x)
     for _ in range(20):
         assert torch.equal(module(x), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_rows_can_be_made_independent_of_the_batch(dtype):
+    module, _, x = module_and_input(Case(300, 4096, 4096, symmetric=False), dtype)
+    set_batch_invariant(True)
+    try:
+        whole = module(x)
+        for m in (1, 16, 17, 64, 129):
+            assert torch.equal(module(x[:m]), whole[:m])
+    finally:
+        set_batch_invariant(False)
 
 
 def test_it_can_be_captured_in_a_cuda_graph():
