@@ -118,7 +118,7 @@ else:
             begin += rows
 
     def test_no_program_writes_the_rows_of_another(monkeypatch):
-        """The last program first gives the same bits, though the tiles of neighbouring experts reach over each other."""
+        """The last program first gives the same bits, though tiles reach into the rows of the next expert."""
         case = Case(0, 34, 64, 8, -1)
         counts = [3, 9, 0, 1]
         weights, args = experts(case, len(counts))

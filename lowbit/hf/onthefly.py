@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -154,9 +155,9 @@ class LowbitQuantizer(HfQuantizer):
         """What packs a tensor."""
         return self._op
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """Experts are loaded one by one, not merged."""
-        return separated(model, super().update_weight_conversions(weight_conversions, model))
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
+        """Experts are loaded one by one, not merged. transformers 5.17 does not say of which model."""
+        return separated(self._loading, super().update_weight_conversions(weight_conversions, *model))
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
         config = self.quantization_config
@@ -167,6 +168,7 @@ class LowbitQuantizer(HfQuantizer):
                 "parts of them; write a packed folder with `lowbit quantize` and load that"
             )
         self._started = time.perf_counter()
+        self._loading = weakref.proxy(model)
         dense_bytes = _tensor_bytes(model)
         conv1d = {name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
         plan = plan_linearized(model, config.spec, config.ignore, in_blocks=True, allow_partial=config.allow_partial)
@@ -201,6 +203,7 @@ class LowbitQuantizer(HfQuantizer):
         self._op.placeholders = {name for name in slots if _add_placeholder(model, name, slots[name])}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        del self._loading  # a model is copied with its quantizer, and a weak reference cannot be
         op = self._op
         if op.problems:
             raise ValueError(f"{'; '.join(op.problems[:3])}; {len(op.problems)} problems in all")

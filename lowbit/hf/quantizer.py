@@ -8,6 +8,7 @@ compressed-tensors configuration again. Importing this module adds that one name
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import torch
@@ -155,12 +156,14 @@ class PackedQuantizer(HfQuantizer):
             place(model, module_name, packed)
             leave_parent_alone(model, module_name)
         self._shapes = shapes_of(model)
+        self._loading = weakref.proxy(model)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """Packed experts are loaded one by one, not merged."""
-        return separated(model, super().update_weight_conversions(weight_conversions, model))
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
+        """Packed experts are loaded one by one, not merged. transformers 5.17 does not say of which model."""
+        return separated(self._loading, super().update_weight_conversions(weight_conversions, *model))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
+        del self._loading  # a model is copied with its quantizer, and a weak reference cannot be
         # transformers 5.17 lets a quantizer's model take a dense tensor of any shape without a word.
         loaded = shapes_of(model)
         wrong = [(name, loaded[name], shape) for name, shape in self._shapes.items() if loaded[name] != shape]
