@@ -1,5 +1,7 @@
 """Every architecture lowbit promises: quantized, written, loaded packed, compared, saved again, generating."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -10,6 +12,8 @@ from lowbit.experts import Experts, separate
 from lowbit.linearize import linearize, settle
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, about configurations this small
+
+ROOT = Path(__file__).parent.parent
 
 # fp32 products summed in another order: 2**-24 per operation, over K of at most 256 and a few layers
 CLOSE = 2e-5
@@ -110,3 +114,9 @@ def test_an_unknown_mixture_is_left_dense_by_name():
     assert [s.name for s in report.skipped] == ["0.experts"]
     with pytest.raises(ValueError, match="Strange cannot be taken apart: it does not describe its experts"):
         separate(model[0])
+
+
+def test_the_readme_has_the_table_that_was_printed():
+    printed = (ROOT / "eval" / "results" / "architectures.md").read_text(encoding="utf-8").split("\n\n", 1)[1].strip()
+    assert printed in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert printed.count("\n") == 1 + len(ARCHITECTURES)
