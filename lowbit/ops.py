@@ -282,7 +282,6 @@ def grouped_kernel() -> Callable[..., Tensor]:
 def has_grouped_kernel(device: torch.device) -> bool:
     """Whether lowbit_kernels/grouped.py runs on a CUDA device."""
     from lowbit_kernels.grouped import MIN_ARCH
-
     from lowbit_kernels.weight_only import device_arch
 
     return device_arch(device) >= MIN_ARCH

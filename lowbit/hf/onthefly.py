@@ -168,7 +168,7 @@ class LowbitQuantizer(HfQuantizer):
                 "parts of them; write a packed folder with `lowbit quantize` and load that"
             )
         self._started = time.perf_counter()
-        self._loading = weakref.proxy(model)
+        self._loading: Any = weakref.proxy(model)
         dense_bytes = _tensor_bytes(model)
         conv1d = {name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
         plan = plan_linearized(model, config.spec, config.ignore, in_blocks=True, allow_partial=config.allow_partial)

@@ -156,7 +156,7 @@ class PackedQuantizer(HfQuantizer):
             place(model, module_name, packed)
             leave_parent_alone(model, module_name)
         self._shapes = shapes_of(model)
-        self._loading = weakref.proxy(model)
+        self._loading: Any = weakref.proxy(model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
         """Packed experts are loaded one by one, not merged. transformers 5.17 does not say of which model."""

@@ -29,6 +29,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
+from ..heap import return_free_memory
 from .serve_requests import RequestError
 
 __all__ = ["Batched", "Job", "Sequential", "State", "current_job"]
@@ -170,7 +171,10 @@ class Sequential(GenerateManager):
 def _seeded(seed: int | None, fn: Callable[..., Any], *args: Any, **options: Any) -> Any:
     if seed is not None:
         torch.manual_seed(seed)
-    return fn(*args, **options)
+    try:
+        return fn(*args, **options)
+    finally:
+        return_free_memory()  # of prompts of ever new lengths: the heap would keep its holes
 
 
 class _Temperature(ContinuousBatchingTemperatureLogitsWarper):
