@@ -199,9 +199,10 @@ class _BlockWork:
         """
         name = self.groups[stage].names[0]
         k = self.modules[name].in_features
-        total = Hessian(k, self.how.device)
+        dtype = self.modules[name].weight.dtype
+        total = Hessian(k, self.how.device, dtype)
         ref = None if self.routed.is_expert(name) else ref
-        drift = CrossMoment(k, self.how.device) if ref is not None and self.how.corrects else None
+        drift = CrossMoment(k, self.how.device, dtype) if ref is not None and self.how.corrects else None
         for batch in run.batches:
             x = run.inputs(stage, batch)
             if ref is None or drift is None or batch not in ref.batches:

@@ -49,7 +49,7 @@ class RoutedInputs:
         def add(_: nn.Module, args: tuple[Any, ...]) -> None:
             if name not in self._complete:
                 x = args[0].reshape(-1, args[0].shape[-1])
-                self._all.setdefault(name, Hessian(x.shape[1], self._device)).add(x)
+                self._all.setdefault(name, Hessian(x.shape[1], self._device, x.dtype)).add(x)
 
         return add
 

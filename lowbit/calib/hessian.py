@@ -16,9 +16,18 @@ _CHUNK = 1 << 24  # weights whose loss is computed at a time
 _WIDEST_FLOAT64 = 8192  # columns: 512 MiB of sums
 
 
-def _sum_dtype(k: int) -> torch.dtype:
-    """Of the sums over chunks: in float64 their order does not show, so ranks that share the chunks agree with one."""
-    return torch.float64 if k <= _WIDEST_FLOAT64 else torch.float32
+def _sum_dtype(k: int, inputs: torch.dtype, device: torch.device | str) -> torch.dtype:
+    """Of the sums over chunks: wide enough for their order not to show, so ranks that share the chunks agree with one.
+
+    A CPU's bfloat16 chunk sums have 8 bits and fit float32; those of 24 bits need float64.
+    """
+    wide = k <= _WIDEST_FLOAT64 and not _is_rounded(inputs, device)
+    return torch.float64 if wide else torch.float32
+
+
+def _is_rounded(inputs: torch.dtype, device: torch.device | str) -> bool:
+    """Whether products of a chunk come out of the multiplication in bfloat16."""
+    return inputs == torch.bfloat16 and torch.device(device).type == "cpu"
 
 
 class Hessian:
@@ -27,10 +36,11 @@ class Hessian:
     Args:
         k: input features.
         device: where to accumulate.
+        dtype: of the inputs that are to come.
     """
 
-    def __init__(self, k: int, device: torch.device | str = "cpu") -> None:
-        self._sum = torch.zeros(k, k, dtype=_sum_dtype(k), device=device)
+    def __init__(self, k: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self._sum = torch.zeros(k, k, dtype=_sum_dtype(k, dtype, device), device=device)
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
@@ -46,7 +56,7 @@ class Hessian:
         k = self._sum.shape[0]
         if x.ndim != 2 or x.shape[1] != k:
             raise ValueError(f"expected inputs (tokens, {k}), got {tuple(x.shape)}")
-        rounded = x.dtype == torch.bfloat16 and self._sum.device.type == "cpu"
+        rounded = _is_rounded(x.dtype, self._sum.device)
         x = x.to(self._sum.device, torch.bfloat16 if rounded else torch.float32)
         width = max(64, -(-k // _STRIPES))
         for start in range(0, k, width):
@@ -100,9 +110,9 @@ class CrossMoment:
     the weight that undoes, as far as this linear can, what the earlier layers did (:func:`corrected_target`).
     """
 
-    def __init__(self, k: int, device: torch.device | str = "cpu") -> None:
-        self._cross = torch.zeros(k, k, dtype=_sum_dtype(k), device=device)
-        self.hessian = Hessian(k, device)
+    def __init__(self, k: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self._cross = torch.zeros(k, k, dtype=_sum_dtype(k, dtype, device), device=device)
+        self.hessian = Hessian(k, device, dtype)
 
     @property
     def tokens(self) -> int:
