@@ -2,9 +2,11 @@
 
     python eval/bench_experts.py [--out eval/results/experts-cpu.md] [--rounds 15] [--device cpu|cuda] [--clock cpu]
 
-The model is a Mixtral of four layers with 16 experts, top-2, hidden size 512 and inner size 1024, random weights
-rounded to 4 bits in groups of 128. "experts" is one layer's experts module alone, "model" a whole forward pass. "dense"
-is transformers' own module with the weights before rounding and its default implementation (grouped_mm).
+The model is a Mixtral of four layers with 16 experts, top-2, hidden size 512 and inner size 1024, random weights: "w4"
+rounded to 4 bits in groups of 128, "w8a8" to int8 with activations quantized per token, "w4+w8" to 4 bits in experts of
+even number and to 8 bits in the others, which are two common calls. "experts" is one layer's experts module alone,
+"model" a whole forward pass. "dense" is transformers' own module with the weights before rounding and its default
+implementation (grouped_mm).
 
 All candidates of a row run in turn in every round; figures are medians, milliseconds, of the wall's clock or, with
 `--clock cpu`, of this process on its core, which other processes beside it disturb less. How far the results of the two
@@ -30,19 +32,25 @@ from transformers import MixtralConfig, MixtralForCausalLM  # noqa: E402
 
 from lowbit import QuantSpec, quantize_  # noqa: E402
 from lowbit.experts import Experts  # noqa: E402
+from lowbit.spec import ActivationSpec  # noqa: E402
 
-SPEC = QuantSpec(4, 128)
+W4, W8, W8A8 = QuantSpec(4, 128), QuantSpec(8, 128), QuantSpec(8, -1, True, ActivationSpec())
+WEIGHTS = {"w4": (W4, W4), "w8a8": (W8A8, W8A8), "w4+w8": (W4, W8)}
+"""Specs of experts of even and of odd number."""
+LAYERS = 4
 PROMPT = 256
 TOKENS = (1, 4, 32, PROMPT)
 
 
-def build(dtype: torch.dtype, device: torch.device) -> tuple[MixtralForCausalLM, MixtralForCausalLM]:
+def build(
+    specs: tuple[QuantSpec, QuantSpec], dtype: torch.dtype, device: torch.device
+) -> tuple[MixtralForCausalLM, MixtralForCausalLM]:
     """The packed model and its dense twin (of the weights before rounding: only its time is of interest)."""
     config = MixtralConfig(
         vocab_size=1024,
         hidden_size=512,
         intermediate_size=1024,
-        num_hidden_layers=4,
+        num_hidden_layers=LAYERS,
         num_attention_heads=8,
         num_key_value_heads=4,
         num_local_experts=16,
@@ -53,7 +61,10 @@ def build(dtype: torch.dtype, device: torch.device) -> tuple[MixtralForCausalLM,
     packed = MixtralForCausalLM(config)
     packed.load_state_dict(dense.state_dict())
     packed = packed.to(device, dtype).eval()
-    quantize_(packed, SPEC, allow_partial=True)
+    even, odd = specs
+    quantize_(packed, even, ignore=[] if even == odd else [r"experts\.\d*[13579]\."], allow_partial=True)
+    if even != odd:
+        quantize_(packed, odd, allow_partial=True)
     return packed, dense
 
 
@@ -82,10 +93,11 @@ def medians(
 
 
 def measure(
-    dtype: torch.dtype, device: torch.device, rounds: int, clock: Callable[[], float]
+    weights: str, dtype: torch.dtype, device: torch.device, rounds: int, clock: Callable[[], float]
 ) -> list[tuple[str, int, dict[str, float], float]]:
     """(what, tokens, milliseconds by candidate, difference) of every row."""
-    (apart, dense), (together, _) = build(dtype, device), build(dtype, device)
+    specs = WEIGHTS[weights]
+    (apart, dense), (together, _) = build(specs, dtype, device), build(specs, dtype, device)
     switch(apart, together=False)
     switch(together, together=True)
     rows = []
@@ -120,18 +132,18 @@ def _compare(
     return medians(ready, rounds, device, clock), error
 
 
-def table(found: dict[str, list[tuple[str, int, dict[str, float], float]]]) -> list[str]:
+def table(found: dict[tuple[str, str], list[tuple[str, int, dict[str, float], float]]]) -> list[str]:
     """Rows of markdown."""
     lines = [
-        "| dtype | what | tokens | one by one ms | together ms | ratio | dense ms | largest difference |",
-        "|---|---|---|---|---|---|---|---|",
+        "| weights | dtype | what | tokens | one by one ms | together ms | ratio | dense ms | largest difference |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for dtype, rows in found.items():
+    for (weights, dtype), rows in found.items():
         for what, tokens, times, error in rows:
             ratio = times["one by one"] / times["together"]
             lines.append(
-                f"| {dtype} | {what} | {tokens} | {times['one by one']:.2f} | {times['together']:.2f} | {ratio:.2f}x | "
-                f"{times['dense']:.2f} | {error:.1e} |"
+                f"| {weights} | {dtype} | {what} | {tokens} | {times['one by one']:.2f} | {times['together']:.2f} | "
+                f"{ratio:.2f}x | {times['dense']:.2f} | {error:.1e} |"
             )
     return lines
 
@@ -156,7 +168,11 @@ def main() -> None:
     dtypes = (torch.bfloat16,) if device.type == "cuda" else (torch.float32, torch.bfloat16)
     with torch.inference_mode():
         clock = time.process_time if options.clock == "cpu" else time.perf_counter
-        found = {str(dtype).removeprefix("torch."): measure(dtype, device, options.rounds, clock) for dtype in dtypes}
+        found = {
+            (weights, str(dtype).removeprefix("torch.")): measure(weights, dtype, device, options.rounds, clock)
+            for weights in WEIGHTS
+            for dtype in dtypes
+        }
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
     about = (
         f"{hardware}; {torch.get_num_threads()} threads; torch {version('torch')}; transformers "

@@ -27,14 +27,14 @@ from torch.nn import functional as F
 
 from .packing import pack_codes, unpack_codes
 
-__all__ = ["CPU_INT4", "CPU_INT8", "DISK", "best_layout", "from_disk", "linear", "to_disk"]
+__all__ = ["CPU_INT4", "CPU_INT8", "DISK", "best_layout", "from_disk", "input_gradient", "linear", "to_disk"]
 
 DISK = "disk"
 CPU_INT4 = "cpu_int4"
 CPU_INT8 = "cpu_int8"
 
 _FEW_TOKENS = {CPU_INT4: 32, CPU_INT8: 8}
-_CHUNK = 2**20  # weights unpacked at a time: 4 MB of fp32
+_CHUNK = 2**20  # weights unpacked at a time: 4 MB of fp32; 16 times as many on a GPU
 _FP32_TOKENS = 4  # up to here a bf16 matmul saves less than rounding the weights to bf16 costs
 
 
@@ -117,7 +117,11 @@ def _few_tokens_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | N
 
 
 def _chunk_rows(n: int, k: int, device: torch.device) -> int:
-    return min(n, max(64, (_CHUNK if device.type == "cpu" else 16 * _CHUNK) // k))
+    return min(n, max(64, _chunk(device) // k))
+
+
+def _chunk(device: torch.device) -> int:
+    return _CHUNK if device.type == "cpu" else 16 * _CHUNK
 
 
 def _chunked_disk(
@@ -186,6 +190,29 @@ def _by_lane(grid: Tensor, lanes: Tensor) -> Tensor:
     """(N, G) -> (blocks, G, 1, lanes) fp32, contiguous, in the order in which a block holds its rows."""
     blocks = grid.float().view(-1, lanes.numel(), grid.shape[1])[:, lanes]
     return blocks.transpose(1, 2).unsqueeze(2).contiguous()
+
+
+def input_gradient(
+    grad: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, group_size: int, k: int
+) -> Tensor:
+    """``grad (M, N) @ W`` on any device, W in the disk layout: ``(M, K)`` in grad's dtype, with linear's numerics.
+
+    W is unpacked a chunk of columns at a time, so that every element is one sum, rounded once.
+    """
+    n = scales.shape[0]
+    zero = float(2 ** (bits - 1)) if zeros is None else unpack_codes(zeros, bits, n, dim=0).float().unsqueeze(-1)
+    halves = grad.dtype != torch.float32 if grad.is_cuda else _multiply_in_bf16(grad)
+    wide = grad if halves else grad.float()
+    out = grad.new_empty(grad.shape[0], k)
+    columns = max(128, _chunk(grad.device) // n // 128 * 128)  # whole words and groups
+    for a in range(0, k, columns):
+        b = min(a + columns, k)
+        codes = unpack_codes(words[:, a * bits // 32 : -(-b * bits // 32)], bits, b - a)
+        groups = slice(None) if group_size == -1 else slice(a // group_size, b // group_size)
+        w = codes.float().view(n, scales[:, groups].shape[1], -1)
+        w.sub_(zero if isinstance(zero, float) else zero[:, groups]).mul_(scales[:, groups, None].float())
+        out[:, a:b] = wide @ w.view(n, b - a).to(wide.dtype)
+    return out
 
 
 def best_layout(n: int, k: int, *, bits: int, symmetric: bool, dtype: torch.dtype, device: torch.device) -> str:

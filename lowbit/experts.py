@@ -9,18 +9,32 @@ with the tokens routed to them, packed and stored like any other linear.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .stacked import Bond, GroupedLinear, StackedLinear, can_be_one, whole_rows, why_not_stackable
+from .stacked import Bond, GroupedLinear, InStack, device_of, kind_of, one_weight, why_not_stackable
 
 __all__ = ["Expert", "Experts", "separate", "why_not_separable"]
 
 _PARTS = ("gate_up_proj", "up_proj", "down_proj")
+_UNITS = {
+    "gate_up": ("gate_proj", "up_proj"),
+    "gate": ("gate_proj",),
+    "up": ("up_proj",),
+    "down": ("down_proj",),
+}
+"""What is called in common -> the projections in it, from top to bottom."""
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "num_experts", "_apply_gate")
+
+
+class _Unit(NamedTuple):
+    """The stacks of what is called in common, one per kind, by name, and the experts that are called alone."""
+
+    stacks: tuple[str, ...]
+    alone: tuple[int, ...]
 
 
 class Expert(nn.Module):
@@ -28,7 +42,7 @@ class Expert(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         replaced = self.__dict__.get("_modules", {}).get(name)
-        if isinstance(replaced, StackedLinear) and value is not replaced:
+        if isinstance(replaced, InStack) and value is not replaced:
             replaced.bond.intact = False
         super().__setattr__(name, value)
 
@@ -39,8 +53,11 @@ class Experts(nn.Module):
     Each token's outputs are put into a row per routed expert and summed over those rows, so the same input gives the
     same bits on every run. :meth:`repack` puts packed experts into stacks, after which one grouped call multiplies with
     gate and up projections of all experts and another with the down projections, and no routing decision is copied to
-    the host. Until then experts run one after the other: packed ones that no token is routed to are not called; dense
-    ones are, with no rows, because a walk that calibrates them expects each linear to run once per pass.
+    the host. Experts of several kinds (widths, groups, symmetry, W8A8) are as many calls. Ones that cannot be stacked,
+    such as dense ones, are called alone between them, for which the routing is copied to the host.
+
+    Until then experts run one after the other: packed ones that no token is routed to are not called; dense ones are,
+    with no rows, because a walk that calibrates them expects each linear to run once per pass.
 
     Names and values in the ``state_dict`` do not depend on it, nor does what ``to``, ``half``, ``load_state_dict``,
     ``copy.deepcopy`` and ``pickle`` do.
@@ -61,7 +78,7 @@ class Experts(nn.Module):
         )  # in a tuple, as it is no submodule: its name must not show in the state_dict
         self._count, self.top_k = len(experts), 0
         self._bond: Bond | None = None
-        self._stacks: tuple[str, ...] = ()
+        self._units: dict[str, _Unit] = {}
         self._restack = False
         self.register_load_state_dict_post_hook(_restack)  # type: ignore[no-untyped-call]
 
@@ -80,26 +97,31 @@ class Experts(nn.Module):
         return self._bond is not None and self._bond.intact
 
     def repack(self) -> Experts:
-        """Put the projections of all experts into stacks where they are alike; returns self. Idempotent.
+        """Put the projections of all experts into stacks where they are alike; returns self. Idempotent; experts that
+        have become stackable since are stacked too.
 
         Their linears are to be repacked before. Needs memory for one more copy of one projection of all experts.
-        :func:`~lowbit.stacked.why_not_stackable` says why nothing happens.
+        :meth:`why_not_stackable` says why nothing happens.
         """
+        called_alone = [(unit, e) for unit, held in self._units.items() for e in held.alone]
+        if any(why_not_stackable(part) is None for unit, e in called_alone for part in self._linears(unit)[e]):
+            self.take_apart()
         if self._bond is None and self.why_not_stackable() is None:
             self._bond = Bond()
-            for name, parts in self._plan().items():
-                linears = [[getattr(expert, part) for part in parts] for expert in self]
-                self.add_module(name, GroupedLinear(linears, self._bond))
-            self._stacks = tuple(self._plan())
+            for unit in self._plan():
+                self._units[unit] = self._stack(unit, self._bond)
         return self
 
     def why_not_stackable(self) -> str | None:
-        """Why the experts have to run one after the other; None when they need not."""
+        """Why the experts have to run one after the other; None when some stack in each part."""
+        devices = set()
         for part in self._parts():
-            reason = why_not_stackable([getattr(expert, part) for expert in self])
-            if reason is not None:
-                return f"{part}: {reason}"
-        return None
+            linears = [getattr(expert, part) for expert in self]
+            reasons = [why_not_stackable(linear) for linear in linears]
+            if None not in reasons:
+                return f"{part}: {reasons[0]}"
+            devices |= {device_of(linear) for linear, reason in zip(linears, reasons, strict=True) if reason is None}
+        return f"experts on several devices, {sorted(map(str, devices))}" if len(devices) > 1 else None
 
     def take_apart(self) -> None:
         """Undo :meth:`repack`: every linear has its own tensors again."""
@@ -107,7 +129,37 @@ class Experts(nn.Module):
             stack = self._modules.pop(name)
             assert isinstance(stack, GroupedLinear)
             stack.take_apart()
-        self._stacks, self._bond = (), None
+        self._units, self._bond = {}, None
+
+    @property
+    def _stacks(self) -> tuple[str, ...]:
+        return tuple(name for unit in self._units.values() for name in unit.stacks)
+
+    def _stack(self, unit: str, bond: Bond) -> _Unit:
+        """Move what can be stacked of a unit, one stack per kind."""
+        kinds: dict[Hashable, list[int]] = {}
+        alone = []
+        for e, parts in enumerate(self._linears(unit)):
+            if any(why_not_stackable(part) is not None for part in parts):
+                alone.append(e)
+            else:
+                alike = tuple((kind_of(part), part.out_features) for part in parts)
+                kinds.setdefault(alike, []).append(e)
+        names = []
+        for number, members in enumerate(kinds.values()):
+            linears = [self._linears(unit)[e] for e in members]
+            slots = None
+            if len(members) < len(self):
+                slots = torch.full((len(self),), -1, dtype=torch.int32)
+                slots[members] = torch.arange(len(members), dtype=torch.int32)
+                slots = slots.to(linears[0][0].weight_scale.device)
+            names.append(f"{unit}_{number}" if number else unit)
+            self.add_module(names[-1], GroupedLinear(linears, bond, slots))
+        return _Unit(tuple(names), tuple(alone))
+
+    def _linears(self, unit: str) -> list[list[Any]]:
+        """Per expert the projections of a unit."""
+        return [[getattr(expert, part) for part in _UNITS[unit]] for expert in self]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden_states (T, H)``, ``top_k_index`` and ``top_k_weights (T, k)`` -> ``(T, H)``.
@@ -123,22 +175,37 @@ class Experts(nn.Module):
         return rows.view(tokens, top_k, x.shape[1]).sum(1).to(hidden_states.dtype).view(hidden_states.shape)
 
     def _grouped(self, x: Tensor, chosen: Tensor, weights: Tensor, top_k: int) -> Tensor:
-        """Weighted outputs ``(T * k, H)``, a row per token and choice; nothing here waits for the device."""
+        """Weighted outputs ``(T * k, H)``, a row per token and choice; only an expert called alone makes this wait for
+        the device."""
         sorted_experts, order = torch.sort(chosen, stable=True)
         experts = torch.arange(self._count, device=chosen.device, dtype=chosen.dtype)
         ends = torch.searchsorted(sorted_experts, experts, right=True, out_int32=True)
-        stacks: Any = self._modules
         routed = x[order // top_k]
-        if "gate_up" in self._stacks:
-            both = stacks["gate_up"](routed, ends)
+        if "gate_up" in self._units:
+            both = self._call("gate_up", routed, ends)
             merged = self._merged[0]
             inner = merged._apply_gate(both) if merged.is_concatenated else self._activate(*both.chunk(2, -1))
         else:
-            gate = stacks["gate"](routed, ends) if "gate" in self._stacks else None
-            inner = self._activate(gate, stacks["up"](routed, ends))
-        out: Tensor = stacks["down"](inner, ends) * weights[order]
+            gate = self._call("gate", routed, ends) if "gate" in self._units else None
+            inner = self._activate(gate, self._call("up", routed, ends))
+        out = self._call("down", inner, ends) * weights[order]
         back = order.scatter(0, order, torch.arange(len(order), device=order.device))  # the inverse permutation
         return out[back]
+
+    def _call(self, unit: str, x: Tensor, ends: Tensor) -> Tensor:
+        """``x (T, K)`` sorted by expert -> ``(T, N)``: a grouped call per kind, whose results add up, as every row has
+        one expert; then the experts that are called alone."""
+        stacks, alone = self._units[unit].stacks, self._units[unit].alone
+        out: Tensor = self.get_submodule(stacks[0])(x, ends)
+        for name in stacks[1:]:
+            out = out + self.get_submodule(name)(x, ends)
+        if alone:
+            stops = [0, *ends.tolist()]
+            for e in alone:
+                mine, parts = slice(stops[e], stops[e + 1]), [getattr(self[e], part) for part in _UNITS[unit]]
+                if stops[e] < stops[e + 1] or isinstance(parts[0], nn.Linear):
+                    out[mine] = torch.cat([part(x[mine]) for part in parts], -1)
+        return out
 
     def _one_by_one(self, x: Tensor, chosen: Tensor, weights: Tensor, top_k: int) -> Tensor:
         """As :meth:`_grouped`, one expert after the other."""
@@ -168,22 +235,25 @@ class Experts(nn.Module):
     def _parts(self) -> tuple[str, ...]:
         return ("gate_proj", "up_proj", "down_proj") if self._merged[0].has_gate else ("up_proj", "down_proj")
 
-    def _plan(self) -> dict[str, tuple[str, ...]]:
-        """Stack -> projections in it; gate and up projection share one where both are slices of it in every layout."""
-        if self._merged[0].has_gate:
-            gate, up = self[0].gate_proj, self[0].up_proj
-            if can_be_one([gate, up]) and whole_rows(gate):
-                return {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
-        return {part.removesuffix("_proj"): (part,) for part in self._parts()}
+    def _plan(self) -> tuple[str, ...]:
+        """Units; gate and up projection are one where they are slices of one weight in every stacked expert."""
+        if not self._merged[0].has_gate:
+            return "up", "down"
+        pairs = [pair for pair in self._linears("gate_up") if all(why_not_stackable(part) is None for part in pair)]
+        return ("gate_up", "down") if pairs and all(one_weight(pair) for pair in pairs) else ("gate", "up", "down")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
         if not self.stacked:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             return self
-        probe = next(iter(self)).down_proj.weight_scale.detach()[:0]
-        if fn(probe) is probe:  # "moved" to where it is: the slices stay good
-            for name in self._stacks:
-                self.get_submodule(name)._apply(fn, recurse)
+        stacks: list[Any] = [self._modules[name] for name in self._stacks]
+        probes = [stack.scales.detach()[:0] for stack in stacks]
+        if all(fn(probe) is probe for probe in probes):  # "moved" to where it is: the slices stay good
+            for stack in stacks:
+                stack._apply(fn, recurse)
+            for unit, held in self._units.items():
+                for part in (part for e in held.alone for part in self._linears(unit)[e]):
+                    part._apply(fn, recurse)
             return self
         self.take_apart()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -197,7 +267,7 @@ class Experts(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Without the stacks: the linears, copied alone, have tensors of their own."""
         modules = {name: module for name, module in self._modules.items() if name not in self._stacks}
-        return {**self.__dict__, "_modules": modules, "_stacks": (), "_bond": None, "_restack": self.stacked}
+        return {**self.__dict__, "_modules": modules, "_units": {}, "_bond": None, "_restack": self.stacked}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

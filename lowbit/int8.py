@@ -36,8 +36,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .ops import aligned_rows, int8_kernel
+from .registration import check_tensor, register, register_gradient
 
-__all__ = ["int8_linear", "int_matmul", "largest_k", "quantize_activations"]
+__all__ = [
+    "check_int8",
+    "int8_input_gradient",
+    "int8_linear",
+    "int_matmul",
+    "largest_k",
+    "multiply_codes",
+    "quantize_activations",
+]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _SMALLEST_MAXIMUM = 2.0**-100
@@ -71,7 +80,7 @@ def largest_k(asymmetric: bool) -> int:
     return (2**31 - 1) // (128 * most)
 
 
-def _check(
+def check_int8(
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
@@ -90,27 +99,18 @@ def _check(
     limit = largest_k(weight_zero is not None)
     if n < 1 or not 1 <= k <= limit:
         raise ValueError(f"N must be at least 1 and K from 1 to {limit} (sums are int32), got weight {(n, k)}")
-    _check_tensor("weight", weight, (n, k), (torch.int8,), x)
-    _check_tensor("weight_scale", weight_scale, (n, 1), _FLOATS, x)
+    check_tensor("weight", weight, (n, k), (torch.int8,), x)
+    check_tensor("weight_scale", weight_scale, (n, 1), _FLOATS, x)
     if weight_zero is not None:
-        _check_tensor("weight_zero", weight_zero, (n, 1), (torch.int8,), x)
+        check_tensor("weight_zero", weight_zero, (n, 1), (torch.int8,), x)
     if input_scale is not None:
-        _check_tensor("input_scale", input_scale, (1,) if input_scale.ndim else (), _FLOATS, x)
+        check_tensor("input_scale", input_scale, (1,) if input_scale.ndim else (), _FLOATS, x)
     if bias is not None:
-        _check_tensor("bias", bias, (n,), _FLOATS, x)
-
-
-def _check_tensor(
-    name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], x: Tensor
-) -> None:
-    if tensor.shape != shape or tensor.dtype not in dtypes:
-        raise ValueError(f"{name} must be {shape} in one of {dtypes}, got {tuple(tensor.shape)} {tensor.dtype}")
-    if tensor.device != x.device:
-        raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}; move one of them")
+        check_tensor("bias", bias, (n,), _FLOATS, x)
 
 
 def quantize_activations(x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``x_q (M, K)`` int8 and ``x_scale (M,)`` fp32 of x (M, K)."""
+    """``x_q (M, K)`` int8 and ``x_scale (M,)`` fp32 of x (M, K); input_scale one scale for all tokens, or (M,)."""
     wide = x.float()
     if input_scale is None:
         top = wide.abs().amax(1)
@@ -120,11 +120,11 @@ def quantize_activations(x: Tensor, input_scale: Tensor | None = None) -> tuple[
         codes = wide * (most / top).unsqueeze(1)
         codes = codes if bool(valid.all()) else torch.where(valid.unsqueeze(1), codes, 0.0)
         return codes.round_().to(torch.int8), torch.where(valid, top / most, torch.nan)
-    given = input_scale.float().reshape(1)
+    given = input_scale.float().reshape(-1)
     usable = (given > 0) & given.isfinite()
     nan = wide.isnan()
     scale = torch.where(usable & ~nan.any(1), given, torch.nan)
-    codes = torch.where(nan, 0.0, wide) * torch.where(usable, given.reciprocal(), 0.0)
+    codes = torch.where(nan, 0.0, wide) * torch.where(usable, given.reciprocal(), 0.0).unsqueeze(1)
     codes = codes.nan_to_num_(0.0, torch.inf, -torch.inf)  # infinity times the 0 of an unusable scale
     return codes.clamp_(-128, 127).round_().to(torch.int8), scale
 
@@ -163,14 +163,26 @@ def _linear(
 ) -> Tensor:
     """``(M, N)`` in x's dtype, on the CPU; arguments are taken as checked."""
     x_q, x_scale = quantize_activations(x, input_scale)
+    return multiply_codes(x_q, x_scale, weight, weight_scale, weight_zero, bias).to(x.dtype)
+
+
+def multiply_codes(
+    x_q: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """What quantize_activations returned times a weight: ``(M, N)`` fp32, on the CPU."""
     total = int_matmul(x_q, weight.contiguous())
     if weight_zero is not None:
         total -= weight_zero.t().to(torch.int32) * x_q.sum(1, dtype=torch.int32).unsqueeze(1)
     out = total.float().mul_(x_scale.unsqueeze(1)).mul_(weight_scale.t().float())
-    return (out if bias is None else out.add_(bias.float())).to(x.dtype)
+    return out if bias is None else out.add_(bias.float())
 
 
-def _grad_input(grad: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero: Tensor | None) -> Tensor:
+def int8_input_gradient(grad: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero: Tensor | None) -> Tensor:
     """``grad (M, N) @ W``, with W dequantized in fp32 a chunk of rows at a time: ``(M, K)`` in grad's dtype."""
     (n, k), wide = weight.shape, grad.float()
     out = torch.zeros(grad.shape[0], k, dtype=torch.float32, device=grad.device)
@@ -191,7 +203,7 @@ def _forward_cpu(
     input_scale: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    _check(x, weight, weight_scale, weight_zero, input_scale, bias)
+    check_int8(x, weight, weight_scale, weight_zero, input_scale, bias)
     out = _linear(x.reshape(-1, x.shape[-1]), weight, weight_scale, weight_zero, input_scale, bias)
     return out.view(*x.shape[:-1], weight.shape[0])
 
@@ -204,7 +216,7 @@ def _forward_cuda(
     input_scale: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    _check(x, weight, weight_scale, weight_zero, input_scale, bias)
+    check_int8(x, weight, weight_scale, weight_zero, input_scale, bias)
     zero = None if weight_zero is None else weight_zero.reshape(-1)
     out = int8_kernel()(aligned_rows(x), weight.contiguous(), weight_scale.reshape(-1), zero, input_scale, bias)
     return out if x.ndim == 2 else out.view(*x.shape[:-1], weight.shape[0])
@@ -218,7 +230,7 @@ def _fake(
     input_scale: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    _check(x, weight, weight_scale, weight_zero, input_scale, bias)
+    check_int8(x, weight, weight_scale, weight_zero, input_scale, bias)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -231,27 +243,25 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _grad(grad: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero: Tensor | None) -> Tensor:
-    flat = _grad_input(grad.reshape(-1, grad.shape[-1]), weight, weight_scale, weight_zero)
+    flat = int8_input_gradient(grad.reshape(-1, grad.shape[-1]), weight, weight_scale, weight_zero)
     return flat.view(*grad.shape[:-1], weight.shape[1])
 
 
-def _fake_grad(grad: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero: Tensor | None) -> Tensor:
+def _fake_grad(grad: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], weight.shape[1])
 
 
-_LIBRARY = torch.library.Library("lowbit", "FRAGMENT")
-_LIBRARY.define(
+register(
     "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero, Tensor? input_scale, Tensor? bias) "
     "-> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    cpu=_forward_cpu,
+    cuda=_forward_cuda,
+    fake=_fake,
+    save=_save,
+    backward=_backward,
 )
-_LIBRARY.impl("int8_linear", _forward_cpu, "CPU")
-_LIBRARY.impl("int8_linear", _forward_cuda, "CUDA")
-torch.library.register_fake("lowbit::int8_linear", _fake, lib=_LIBRARY)
-torch.library.register_autograd("lowbit::int8_linear", _backward, setup_context=_save, lib=_LIBRARY)
-_LIBRARY.define(
+register_gradient(
     "int8_linear_backward(Tensor grad, Tensor weight, Tensor weight_scale, Tensor? weight_zero) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    anywhere=_grad,
+    fake=_fake_grad,
 )
-_LIBRARY.impl("int8_linear_backward", _grad, "CompositeExplicitAutograd")
-torch.library.register_fake("lowbit::int8_linear_backward", _fake_grad, lib=_LIBRARY)

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from .affine import QuantizedWeight, dequantize
 from .cpu import DISK
+from .dtypes import DTYPES, dtype_name
 from .int8 import int8_linear, largest_k
 from .ops import CUDA_TILES, best_layout, from_disk, packed_linear, prepare, to_disk
+from .pack_quantized import from_int8, to_int8
 from .packing import pack_codes, packed_width, unpack_codes
 from .spec import PACKED_BITS, QuantSpec
 
 __all__ = ["Int8Linear", "QuantLinear", "linear_class"]
-
-_SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def linear_class(spec: QuantSpec) -> type[QuantLinear] | type[Int8Linear]:
@@ -122,6 +122,10 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., K)`` fp32, fp16 or bf16 -> ``(..., N)`` in x's dtype. ValueError names a shape that is not K."""
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """:meth:`forward` with a bias ``(N,)`` or None that is kept elsewhere, as a ShardedLinear keeps its own."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x must be (..., {self.in_features}), got {tuple(x.shape)}")
         return packed_linear(
@@ -129,7 +133,7 @@ class QuantLinear(nn.Module):
             self.weight_packed,
             self.weight_scale,
             self.weight_zero_point,
-            self.bias,
+            bias,
             bits=self.spec.bits,
             group_size=self.spec.group_size,
             layout=self._layout,
@@ -175,7 +179,7 @@ class QuantLinear(nn.Module):
         layout = "" if self._layout == DISK else f", layout={self._layout}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{self.spec.label()}, {str(self.weight_scale.dtype).removeprefix('torch.')}{layout}"
+            f"{self.spec.label()}, {dtype_name(self.weight_scale.dtype)}{layout}"
         )
 
     def _disk_tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -342,10 +346,10 @@ class Int8Linear(nn.Module):
             if input_scale.numel() != 1 or not bool((kept.isfinite() & (kept > 0)).all()):
                 raise ValueError(f"input_scale must be one finite positive number in {dtype}, got {input_scale}")
         with torch.no_grad():
-            module.weight.copy_(_flip_top_bit(qw.codes).view(torch.int8))
+            module.weight.copy_(to_int8(qw.codes))
             module.weight_scale.copy_(qw.scales)
             if module.weight_zero_point is not None and qw.zeros is not None:
-                module.weight_zero_point.copy_(_flip_top_bit(qw.zeros).view(torch.int8))
+                module.weight_zero_point.copy_(to_int8(qw.zeros))
             if module.input_scale is not None and input_scale is not None:
                 module.input_scale.copy_(input_scale.reshape(1))
             if module.bias is not None and bias is not None:
@@ -354,15 +358,19 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., K)`` fp32, fp16 or bf16 -> ``(..., N)`` in x's dtype. ValueError names a shape that is not K."""
-        return int8_linear(x, self.weight, self.weight_scale, self.weight_zero_point, self.input_scale, self.bias)
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """As :meth:`QuantLinear.product`."""
+        return int8_linear(x, self.weight, self.weight_scale, self.weight_zero_point, self.input_scale, bias)
 
     def quantized_weight(self) -> QuantizedWeight:
         """The weight in affine.py's terms: codes ``(N, K)`` and zeros uint8 (new), scales (shared)."""
         zeros = self.weight_zero_point
         return QuantizedWeight(
-            _flip_top_bit(self.weight.detach().view(torch.uint8)),
+            from_int8(self.weight.detach()),
             self.weight_scale.detach(),
-            None if zeros is None else _flip_top_bit(zeros.detach().view(torch.uint8)),
+            None if zeros is None else from_int8(zeros.detach()),
             self.spec,
         )
 
@@ -380,17 +388,12 @@ class Int8Linear(nn.Module):
         """Sizes, the spec's label, the scales' dtype."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{self.spec.label()}, {str(self.weight_scale.dtype).removeprefix('torch.')}"
+            f"{self.spec.label()}, {dtype_name(self.weight_scale.dtype)}"
         )
 
 
 def _check_construction(in_features: int, out_features: int, dtype: torch.dtype) -> None:
     if in_features < 1 or out_features < 1:
         raise ValueError(f"in_features and out_features must be at least 1, got {in_features} and {out_features}")
-    if dtype not in _SCALE_DTYPES:
+    if dtype not in DTYPES.values():
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-
-
-def _flip_top_bit(codes: Tensor) -> Tensor:
-    """Unsigned codes <-> the bytes of code - 128, both uint8; a copy."""
-    return codes ^ 128

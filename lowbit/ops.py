@@ -33,28 +33,33 @@ from torch import Tensor
 
 from . import cpu
 from .cpu import CPU_INT4, CPU_INT8, DISK
-from .packing import unpack_codes
+from .registration import check_tensor, register, register_gradient
 from .spec import GROUP_SIZES, PACKED_BITS
 
 __all__ = [
     "CUDA_TILES",
     "LAYOUTS",
     "aligned_rows",
+    "batch_invariant",
     "best_layout",
+    "check_packed",
     "from_disk",
+    "grouped_int8_kernel",
     "grouped_kernel",
     "has_grouped_kernel",
+    "input_gradient",
     "int8_kernel",
     "packed_linear",
     "prepare",
+    "rows_of",
     "set_batch_invariant",
     "to_disk",
+    "unpacked_linear",
 ]
 
 CUDA_TILES = "cuda_tiles"
 LAYOUTS = (DISK, CPU_INT4, CPU_INT8, CUDA_TILES)
 _CHUNK = 2**24  # weights of the GPU layout unpacked at a time
-_CHUNK_CPU = 2**20  # and on the CPU in a backward pass
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -72,6 +77,11 @@ def set_batch_invariant(enabled: bool) -> None:
     """
     global _batch_invariant
     _batch_invariant = bool(enabled)
+
+
+def batch_invariant() -> bool:
+    """Whether :func:`set_batch_invariant` asks for it."""
+    return _batch_invariant
 
 
 def packed_linear(
@@ -144,7 +154,7 @@ def prepare(device: torch.device) -> None:
         epilogue.prepare(device)
 
 
-def _check(
+def check_packed(
     x: Tensor,
     weight: Tensor,
     scales: Tensor,
@@ -154,6 +164,7 @@ def _check(
     group_size: int,
     layout: str,
 ) -> None:
+    """Compare with the module's table, x being (..., K). ValueError names the first contradiction."""
     if bits not in PACKED_BITS:
         raise ValueError(f"packed widths are {PACKED_BITS} bits, got {bits!r}")
     if group_size not in GROUP_SIZES:
@@ -167,47 +178,35 @@ def _check(
     if scales.ndim != 2:
         form = "(G, N)" if layout == CUDA_TILES else "(N, G)"
         raise ValueError(f"scales must be {form}, got {tuple(scales.shape)}")
-    k, n = x.shape[-1], _rows(scales, layout)
+    k, n = x.shape[-1], rows_of(scales, layout)
     if k == 0 or (group_size != -1 and k % group_size):
         raise ValueError(f"x is (..., {k}), but group_size {group_size} does not divide that K")
     groups = 1 if group_size == -1 else k // group_size
+    of_weight: tuple[tuple[int, ...], torch.dtype]
+    of_zeros: tuple[tuple[int, ...], torch.dtype] | None
     if layout == CPU_INT4:
-        _check_tensor("weight", weight, (n, k // 2), (torch.uint8,), x)
+        of_weight, of_zeros = ((n, k // 2), torch.uint8), ((n, groups), torch.uint8)
     elif layout == CPU_INT8:
-        _check_tensor("weight", weight, (groups, n, k // groups), (torch.int8,), x)
+        of_weight, of_zeros = ((groups, n, k // groups), torch.int8), None
     elif layout == CUDA_TILES:
         from lowbit_kernels.layout import tiles_shape
 
-        _check_tensor("weight", weight, tiles_shape(n, k, bits), (torch.int32,), x)
+        of_weight, of_zeros = (tiles_shape(n, k, bits), torch.int32), ((groups, n), torch.uint8)
     else:
-        _check_tensor("weight", weight, (n, -(-k * bits // 32)), (torch.int32,), x)
-    _check_tensor("scales", scales, (groups, n) if layout == CUDA_TILES else (n, groups), _FLOATS, x)
-    if zeros is not None:
-        if layout == DISK:
-            _check_tensor("zeros", zeros, (-(-n * bits // 32), groups), (torch.int32,), x)
-        elif layout == CPU_INT4:
-            _check_tensor("zeros", zeros, (n, groups), (torch.uint8,), x)
-        elif layout == CUDA_TILES:
-            _check_tensor("zeros", zeros, (groups, n), (torch.uint8,), x)
-        else:
-            raise ValueError(f"layout {layout!r} holds symmetric weights, got zeros {tuple(zeros.shape)}")
+        of_weight, of_zeros = ((n, -(-k * bits // 32)), torch.int32), ((-(-n * bits // 32), groups), torch.int32)
+    check_tensor("weight", weight, of_weight[0], of_weight[1:], x)
+    check_tensor("scales", scales, (groups, n) if layout == CUDA_TILES else (n, groups), _FLOATS, x)
+    if zeros is not None and of_zeros is None:
+        raise ValueError(f"layout {layout!r} holds symmetric weights, got zeros {tuple(zeros.shape)}")
+    if zeros is not None and of_zeros is not None:
+        check_tensor("zeros", zeros, of_zeros[0], of_zeros[1:], x)
     if bias is not None:
-        _check_tensor("bias", bias, (n,), _FLOATS, x)
+        check_tensor("bias", bias, (n,), _FLOATS, x)
 
 
-def _rows(scales: Tensor, layout: str) -> int:
+def rows_of(scales: Tensor, layout: str) -> int:
+    """N of a weight with these scales."""
     return scales.shape[1] if layout == CUDA_TILES else scales.shape[0]
-
-
-def _check_tensor(
-    name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], x: Tensor
-) -> None:
-    if tensor.ndim != len(shape) or any(a != b for a, b in zip(tensor.shape, shape, strict=True)):
-        raise ValueError(f"{name} must be {shape} for x {tuple(x.shape)}, got {tuple(tensor.shape)}")
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name} must be one of {dtypes}, got {tensor.dtype}")
-    if tensor.device != x.device:
-        raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}; move one of them")
 
 
 def _forward_cpu(
@@ -220,12 +219,12 @@ def _forward_cpu(
     group_size: int,
     layout: str,
 ) -> Tensor:
-    _check(x, weight, scales, zeros, bias, bits, group_size, layout)
-    out = _unpacked(x.reshape(-1, x.shape[-1]), weight, scales, zeros, bias, bits, group_size, layout)
+    check_packed(x, weight, scales, zeros, bias, bits, group_size, layout)
+    out = unpacked_linear(x.reshape(-1, x.shape[-1]), weight, scales, zeros, bias, bits, group_size, layout)
     return out.view(*x.shape[:-1], out.shape[1])
 
 
-def _unpacked(
+def unpacked_linear(
     x: Tensor,
     weight: Tensor,
     scales: Tensor,
@@ -279,8 +278,16 @@ def grouped_kernel() -> Callable[..., Tensor]:
     return grouped_matmul
 
 
+@functools.cache
+def grouped_int8_kernel() -> Callable[..., Tensor]:
+    """``lowbit_kernels.grouped_int8.grouped_int8_linear``, imported when it is first needed."""
+    from lowbit_kernels.grouped_int8 import grouped_int8_linear
+
+    return grouped_int8_linear
+
+
 def has_grouped_kernel(device: torch.device) -> bool:
-    """Whether lowbit_kernels/grouped.py runs on a CUDA device."""
+    """Whether lowbit_kernels/grouped.py and grouped_int8.py run on a CUDA device."""
     from lowbit_kernels.grouped import MIN_ARCH
     from lowbit_kernels.weight_only import device_arch
 
@@ -318,10 +325,10 @@ def _forward_cuda(
         how: dict[str, Any] = {"bits": bits, "group_size": group_size, "n": n, "batch_invariant": _batch_invariant}
         out = _weight_only_matmul()(flat, weight, scales, zeros, bias, **how)
         return out if x.ndim == 2 else out.view(*x.shape[:-1], n)
-    _check(x, weight, scales, zeros, bias, bits, group_size, layout)
+    check_packed(x, weight, scales, zeros, bias, bits, group_size, layout)
     if layout == DISK and x.dtype in _HALVES:
         _warn_of_the_disk_layout()
-    out = _unpacked(x.reshape(-1, x.shape[-1]), weight, scales, zeros, bias, bits, group_size, layout)
+    out = unpacked_linear(x.reshape(-1, x.shape[-1]), weight, scales, zeros, bias, bits, group_size, layout)
     return out.view(*x.shape[:-1], out.shape[1])
 
 
@@ -335,8 +342,8 @@ def _fake(
     group_size: int,
     layout: str,
 ) -> Tensor:
-    _check(x, weight, scales, zeros, bias, bits, group_size, layout)
-    return x.new_empty(*x.shape[:-1], _rows(scales, layout))
+    check_packed(x, weight, scales, zeros, bias, bits, group_size, layout)
+    return x.new_empty(*x.shape[:-1], rows_of(scales, layout))
 
 
 def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -350,7 +357,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError("lowbit::packed_linear has no gradient for scales: a packed weight is frozen")
     of_x = of_bias = None
     if ctx.needs_input_grad[0]:
-        # An operator of its own, so that torch.compile does not trace what it does chunk by chunk.
         how = (ctx.bits, ctx.group_size, ctx.layout, ctx.k)
         of_x = torch.ops.lowbit.packed_linear_backward(grad, *ctx.saved_tensors, *how)
     if ctx.needs_input_grad[4]:
@@ -358,7 +364,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return of_x, None, None, None, of_bias, None, None, None
 
 
-def _input_gradient(
+def input_gradient(
     grad: Tensor,
     weight: Tensor,
     scales: Tensor,
@@ -368,63 +374,32 @@ def _input_gradient(
     layout: str,
     k: int,
 ) -> Tensor:
-    """``grad (..., N) @ W``, ``(..., K)`` in grad's dtype, with the numerics of cpu.linear.
+    """``grad (..., N) @ W``, ``(..., K)`` in grad's dtype, with the numerics of cpu.linear, on any device.
 
-    W is unpacked a chunk of columns at a time, so that every element is one sum, rounded once. Needs memory for one
-    more copy of the packed weight where it is not in the disk layout.
+    Needs memory for one more copy of the packed weight where it is not in the disk layout.
     """
-    n = _rows(scales, layout)
-    flat = grad.reshape(-1, n)
     words, scales, zeros = to_disk(weight, scales, zeros, bits=bits, k=k, layout=layout)
-    zero = float(2 ** (bits - 1)) if zeros is None else unpack_codes(zeros, bits, n, dim=0).float().unsqueeze(-1)
-    halves = flat.dtype in _HALVES if flat.is_cuda else cpu._multiply_in_bf16(flat)
-    wide = flat if halves else flat.float()
-    out = flat.new_empty(flat.shape[0], k)
-    columns = max(128, (_CHUNK if flat.is_cuda else _CHUNK_CPU) // n // 128 * 128)  # whole words and groups
-    for a in range(0, k, columns):
-        b = min(a + columns, k)
-        codes = unpack_codes(words[:, a * bits // 32 : -(-b * bits // 32)], bits, b - a)
-        groups = slice(None) if group_size == -1 else slice(a // group_size, b // group_size)
-        w = codes.float().view(n, scales[:, groups].shape[1], -1)
-        w.sub_(zero if isinstance(zero, float) else zero[:, groups]).mul_(scales[:, groups, None].float())
-        out[:, a:b] = wide @ w.view(n, b - a).to(wide.dtype)
+    flat = grad.reshape(-1, grad.shape[-1])
+    out = cpu.input_gradient(flat, words, scales, zeros, bits=bits, group_size=group_size, k=k)
     return out.view(*grad.shape[:-1], k)
 
 
-def _fake_input_gradient(
-    grad: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bits: int,
-    group_size: int,
-    layout: str,
-    k: int,
-) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], k)
+def _fake_input_gradient(grad: Tensor, *rest: Any) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], rest[-1])
 
 
-def _refuse_double_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    raise RuntimeError(
-        "lowbit::packed_linear has no second derivative; call backward() or grad() without create_graph=True"
-    )
-
-
-_LIBRARY = torch.library.Library("lowbit", "DEF")
-_LIBRARY.define(
+register(
     "packed_linear(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? bias, int bits, int group_size, "
     "str layout) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    cpu=_forward_cpu,
+    cuda=_forward_cuda,
+    fake=_fake,
+    save=_save_weight,
+    backward=_backward,
 )
-_LIBRARY.impl("packed_linear", _forward_cpu, "CPU")
-_LIBRARY.impl("packed_linear", _forward_cuda, "CUDA")
-torch.library.register_fake("lowbit::packed_linear", _fake, lib=_LIBRARY)
-torch.library.register_autograd("lowbit::packed_linear", _backward, setup_context=_save_weight, lib=_LIBRARY)
-_LIBRARY.define(
+register_gradient(
     "packed_linear_backward(Tensor grad, Tensor weight, Tensor scales, Tensor? zeros, int bits, int group_size, "
     "str layout, SymInt k) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    anywhere=input_gradient,
+    fake=_fake_input_gradient,
 )
-_LIBRARY.impl("packed_linear_backward", _input_gradient, "CompositeExplicitAutograd")
-torch.library.register_fake("lowbit::packed_linear_backward", _fake_input_gradient, lib=_LIBRARY)
-torch.library.register_autograd("lowbit::packed_linear_backward", _refuse_double_backward, lib=_LIBRARY)

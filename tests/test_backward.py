@@ -70,7 +70,7 @@ def test_layouts_of_the_cpu(spec: QuantSpec) -> None:
 
 
 def test_more_columns_than_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowbit.ops._CHUNK_CPU", 1)
+    monkeypatch.setattr("lowbit.cpu._CHUNK", 1)
     for spec in (QuantSpec(4, 128, False), QuantSpec(2, 32, True), QuantSpec(8, -1, True)):
         check_gradient(spec, 9, 384 + (0 if spec.group_size != -1 else 5), torch.float32, DISK)
 
@@ -110,7 +110,7 @@ def test_no_dense_copy_of_the_weight_is_made(monkeypatch: pytest.MonkeyPatch) ->
     tensors = tensors_of(QuantSpec(4, 128), n, k, torch.float32, DISK)
     original = torch.Tensor.float
     monkeypatch.setattr(torch.Tensor, "float", lambda self: sizes.append(self.numel()) or original(self))
-    monkeypatch.setattr("lowbit.ops._CHUNK_CPU", n * 1024)
+    monkeypatch.setattr("lowbit.cpu._CHUNK", n * 1024)
     x = torch.randn(3, k, requires_grad=True)
     packed_linear(x, *tensors, None, bits=4, group_size=128).sum().backward()
     assert 0 < max(sizes) <= n * 1024

@@ -3,15 +3,11 @@
 Triton decides at import whether to interpret, so these tests run in a process of their own.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from helpers import MATMUL_CASES, Case, assert_close, random_quantized, tolerance
+from interpreted import BOUNDS_FROM_ARRAYS, INTERPRETING, assert_passes_interpreted
 from lowbit import int8, linear, ops
 from lowbit.affine import dequantize
 from lowbit.linear import Int8Linear, QuantLinear
@@ -20,22 +16,12 @@ from lowbit.spec import ActivationSpec, QuantSpec
 
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
 
-# Triton 3.6's interpreter takes the bounds of a loop out of arrays in a way that numpy is going to forbid.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+pytestmark = BOUNDS_FROM_ARRAYS
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+if not INTERPRETING:
 
     def test_in_an_interpreting_process():
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            cwd=Path(__file__).parent.parent,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-        assert " passed" in done.stdout
+        assert_passes_interpreted(__file__)
 
 else:
 
@@ -70,7 +56,7 @@ else:
         expected = x.double() @ dequantize(qw, torch.float64).t()
         expected = expected if module.bias is None else expected + module.bias.double()
         with monkeypatch.context() as only:
-            only.setattr(ops, "_unpacked", None)  # the kernels or nothing
+            only.setattr(ops, "unpacked_linear", None)  # the kernels or nothing
             out = on_cuda(module, x)
         assert out.dtype == torch.float16
         assert_close(out, expected, **tolerance(torch.float16, k=case.k))

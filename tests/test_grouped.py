@@ -1,66 +1,22 @@
-"""lowbit::grouped_packed_linear and the stacks of packed experts: against float64 and against expert by expert."""
+"""lowbit::grouped_packed_linear: against float64 and against expert by expert."""
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from architectures import ARCHITECTURES, logits, tiny, tokens
-from helpers import assert_close, random_quantized, tolerance
-from lowbit import QuantSpec, load, quantize_, set_batch_invariant
-from lowbit.affine import QuantizedWeight, dequantize
-from lowbit.checkpoint import CheckpointWriter
-from lowbit.cpu import CPU_INT4, CPU_INT8, DISK, best_layout
-from lowbit.experts import Experts, separate
+from helpers import assert_close, tolerance
+from lowbit import QuantSpec, set_batch_invariant
+from lowbit.affine import dequantize
+from lowbit.cpu import DISK, best_layout
 from lowbit.grouped import grouped_packed_linear
-from lowbit.linear import QuantLinear
-from lowbit.ops import CUDA_TILES, from_disk, packed_linear
-from lowbit.packing import pack_codes
-from lowbit.quantize import _write as write_folder
-from lowbit.spec import PACKED_BITS, ActivationSpec
-from lowbit.stacked import GroupedLinear, StackedLinear
+from lowbit.ops import CUDA_TILES, packed_linear
+from lowbit.spec import PACKED_BITS
+from merged_experts import COUNTS, ends_of, float64, stack
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 SPECS = [QuantSpec(bits, group, symmetric) for bits in PACKED_BITS for group in (32, -1) for symmetric in (True, False)]
-COUNTS = [0, 5, 0, 1, 40, 0]
-"""Rows per expert: starved ones first, last and between; few and many, which cpu.py multiplies differently."""
-MOE = [name for name, architecture in ARCHITECTURES.items() if architecture.experts]
-
-
-def stack(
-    spec: QuantSpec, count: int, n: int, k: int, dtype: torch.dtype, layout: str = DISK
-) -> tuple[list[QuantizedWeight], tuple[Tensor, Tensor, Tensor | None]]:
-    """Unpacked weights of ``count`` experts, and weight, scales and zeros in ``layout``, stacked."""
-    weights, parts = [random_quantized(n, k, spec, dtype) for _ in range(count)], []
-    for qw in weights:
-        zeros = None if qw.zeros is None else pack_codes(qw.zeros, spec.bits, dim=0)
-        parts.append(from_disk(pack_codes(qw.codes, spec.bits), qw.scales, zeros, bits=spec.bits, k=k, layout=layout))
-    weight, scales, zero = zip(*parts, strict=True)
-    return weights, (torch.stack(weight), torch.stack(scales), None if zero[0] is None else torch.stack(zero))
-
-
-def ends_of(counts: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
-    return torch.tensor(counts).cumsum(0).to(dtype)
-
-
-def float64(x: Tensor, counts: list[int], weights: list[QuantizedWeight], bias: Tensor | None) -> Tensor:
-    out, begin = torch.zeros(len(x), len(weights[0].codes), dtype=torch.float64), 0
-    for e, rows in enumerate(counts):
-        mine = slice(begin, begin + rows)
-        out[mine] = x[mine].double() @ dequantize(weights[e], torch.float64).t()
-        out[mine] += 0 if bias is None else bias[e].double()
-        begin += rows
-    return out
-
-
-# --- the operator
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -105,11 +61,11 @@ def test_opcheck(symmetric: bool, layout: str) -> None:
     _, packed = stack(spec, 3, 16, 64, torch.float32, layout)
     x, bias = torch.randn(6, 64, requires_grad=True), torch.randn(3, 16, requires_grad=True)
     torch.library.opcheck(
-        torch.ops.lowbit.grouped_packed_linear.default, (x, ends_of([1, 0, 4]), *packed, bias, 4, 32, layout)
+        torch.ops.lowbit.grouped_packed_linear.default, (x, ends_of([1, 0, 4]), None, *packed, bias, 4, 32, layout)
     )
     torch.library.opcheck(
         torch.ops.lowbit.grouped_packed_linear_backward.default,
-        (torch.randn(6, 16), ends_of([1, 0, 4]), *packed, 4, 32, layout, 64),
+        (torch.randn(6, 16), ends_of([1, 0, 4]), None, *packed, 4, 32, layout, 64),
     )
 
 
@@ -135,6 +91,40 @@ def test_gradients_of_x_and_bias(spec: QuantSpec, dtype: torch.dtype) -> None:
         assert not bool(x.grad[sum(COUNTS) :].any())
         assert_close(x.grad, expected, **tolerance(dtype, 2 if dtype == torch.bfloat16 else 1, n))
         assert_close(bias.grad, sums, **tolerance(dtype, 1, max(COUNTS)))
+
+
+@pytest.mark.parametrize("layout", [DISK, CUDA_TILES])
+def test_experts_of_two_kinds_are_two_calls_that_add_up(layout: str) -> None:
+    """Rows of experts without a weight in a stack are zeros there, and no gradient passes them."""
+    kinds = {QuantSpec(4, 32, False): [1, 3], QuantSpec(8, -1): [0, 4, 5]}  # expert 2 is of neither
+    counts, total, grad = [3, 0, 4, 2, 30, 1], None, None
+    x, bias = torch.randn(sum(counts) + 2, 64, requires_grad=True), torch.randn(6, 16, requires_grad=True)
+    expected = torch.zeros(len(x), 16).double()
+    for spec, members in kinds.items():
+        weights, packed = stack(spec, len(members), 16, 64, torch.float32, layout)
+        slots = torch.tensor([members.index(e) if e in members else -1 for e in range(6)], dtype=torch.int32)
+        how = {"bits": spec.bits, "group_size": spec.group_size, "layout": layout, "slots": slots}
+        out = grouped_packed_linear(x, ends_of(counts), *packed, bias[members], **how)
+        total, begin, dense = out if total is None else total + out, 0, torch.zeros(len(x), 64).double()
+        for e, rows in enumerate(counts):
+            mine = slice(begin, begin + rows)
+            if e in members:
+                one = [None if t is None else t[members.index(e)] for t in packed]
+                del how["slots"]
+                assert torch.equal(out[mine], packed_linear(x[mine], *one, bias[e], **how))
+                how["slots"] = slots
+                weight = dequantize(weights[members.index(e)], torch.float64)
+                expected[mine] = x[mine].double() @ weight.t() + bias[e].double()
+                dense[mine] = weight.sum(0)
+            else:
+                assert not bool(out[mine].any())
+            begin += rows
+        grad = dense if grad is None else grad + dense
+    assert_close(total, expected.detach(), **tolerance(torch.float32, k=64))
+    total.sum().backward()
+    assert_close(x.grad, grad, **tolerance(torch.float32, k=16))
+    rows_of = torch.tensor([rows if e != 2 else 0 for e, rows in enumerate(counts)])
+    assert torch.equal(bias.grad, rows_of.float()[:, None].expand(6, 16))
 
 
 def test_what_is_frozen_and_what_is_not_there() -> None:
@@ -174,6 +164,11 @@ def test_torch_compile_needs_no_break_and_sees_any_split() -> None:
         ({"ends": torch.tensor([3, 2])}, r"ends must not decrease and lie in 0 \.\. 4"),
         ({"ends": torch.tensor([-1, 2])}, "ends must not decrease"),
         ({"ends": torch.tensor([1, 5])}, "ends must not decrease"),
+        ({"slots": torch.tensor([0, 1])}, r"slots must be \(2,\) int32 as ends, got \(2,\) torch.int64"),
+        ({"slots": torch.tensor([0], dtype=torch.int32)}, r"slots must be \(2,\) int32"),
+        ({"slots": torch.tensor([0, 2], dtype=torch.int32)}, "slots must be from -1 to 1, the last weight"),
+        ({"slots": torch.zeros(2, dtype=torch.int32), "bias": torch.zeros(1, 8)}, "bias must hold the 2 weights of"),
+        ({"slots": torch.zeros(2, dtype=torch.int32, device="meta")}, "slots is on meta, but x is on cpu"),
         ({"bias": torch.zeros(1, 8)}, "bias must hold the 2 experts of ends"),
         ({"bias": torch.zeros(2, 7)}, "bias must be"),
         ({"zeros": torch.zeros(2, 8, 2, dtype=torch.int32)}, "zeros must be"),
@@ -198,237 +193,3 @@ def test_batch_invariance_is_refused_where_it_does_not_hold() -> None:
             grouped_packed_linear(torch.zeros(4, 64), ends_of([1, 2]), *packed, None, bits=4, group_size=32)
     finally:
         set_batch_invariant(False)
-
-
-# --- the module
-
-
-class Merged(nn.Module):
-    """Merged experts as transformers describes them, with every choice it offers."""
-
-    def __init__(self, *, gate: bool = True, bias: bool = False, concatenated: bool = True, inner: int = 48) -> None:
-        super().__init__()
-        self.has_gate, self.has_bias, self.is_concatenated, self.is_transposed = gate, bias, concatenated, False
-        self.num_experts, self.act_fn = 5, nn.SiLU()
-        first, rows = ("gate_up_proj", 2 * inner) if gate else ("up_proj", inner)
-        self.register_parameter(first, nn.Parameter(torch.randn(5, rows, 64) / 8))
-        self.down_proj = nn.Parameter(torch.randn(5, 64, inner) / 8)
-        if bias:
-            self.register_parameter(f"{first}_bias", nn.Parameter(torch.randn(5, rows) / 8))
-            self.down_proj_bias = nn.Parameter(torch.randn(5, 64) / 8)
-
-    def _apply_gate(self, both: Tensor) -> Tensor:
-        gate, up = both.chunk(2, -1) if self.is_concatenated else (both[..., ::2], both[..., 1::2])
-        return self.act_fn(gate.clamp(max=7)) * (up + 1)
-
-
-W4 = QuantSpec(4, -1)
-
-
-def packed_experts(spec: QuantSpec = W4, dtype: torch.dtype = torch.float32, **choices: bool | int) -> Experts:
-    experts = separate(Merged(**choices))
-    for expert in experts:
-        for name, linear in list(expert.named_children()):
-            n, k = linear.weight.shape
-            packed = QuantLinear.from_quantized(random_quantized(n, k, spec), linear.bias, dtype=dtype)
-            setattr(expert, name, packed.repack())
-    return experts
-
-
-def routing(count: int = 9, k: int = 2, experts: int = 5) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, choices and their weights; experts 0 and 3 get nothing, and one choice is nobody's."""
-    chosen = torch.tensor([1, 2, 4])[torch.rand(count, 3).argsort(1)[:, :k]]
-    chosen[-1:, -1] = experts
-    return torch.randn(count, 64), chosen, torch.rand(count, k)
-
-
-def test_a_module_in_common_calls_gives_what_it_gives_one_by_one() -> None:
-    """Every choice of transformers', every layout of this CPU; bit for bit where rows are cut into the same chunks."""
-    choices = [{}, {"gate": False}, {"bias": True, "concatenated": False}, {"inner": 40, "bias": True}]
-    for choice in choices:
-        for spec in (W4, QuantSpec(4, -1, False), QuantSpec(8, -1), QuantSpec(2, -1)):
-            for dtype in (torch.float32, torch.bfloat16):
-                experts = packed_experts(spec, dtype, **choice)
-                for x, chosen, weights in (routing(), routing(40), routing(1), routing(0)):
-                    x = x.to(dtype)
-                    experts.take_apart()
-                    expected = experts(x, chosen, weights)
-                    assert experts.repack().stacked
-                    out = experts(x, chosen, weights)
-                    assert out.dtype == dtype and out.shape == x.shape
-                    assert_close(out, expected, **tolerance(dtype, 4, 64))
-
-
-def test_gate_and_up_share_a_stack_where_they_can() -> None:
-    assert packed_experts().repack()._stacks == ("gate_up", "down")
-    assert packed_experts(inner=40).repack()._stacks == ("gate", "up", "down")  # 40 rows end inside a unit of 16
-    assert packed_experts(gate=False).repack()._stacks == ("up", "down")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bits, symmetric", [(4, True), (4, False), (8, True), (2, False)])
-def test_names_values_and_memory_stay(bits: int, symmetric: bool, dtype: torch.dtype) -> None:
-    experts = packed_experts(QuantSpec(bits, -1, symmetric), dtype, bias=True, inner=64)
-    before = {name: tensor.clone() for name, tensor in experts.state_dict().items()}
-    size = sum(p.nbytes for p in experts.parameters())
-    dense = {name: m.dequantize() for name, m in experts.named_modules() if isinstance(m, QuantLinear)}
-    experts.repack()
-    assert sum(p.nbytes for p in experts.parameters()) == size, "moved, not copied"
-    layouts = {m.layout for m in experts.modules() if isinstance(m, GroupedLinear)}
-    assert layouts <= {DISK, CPU_INT4, CPU_INT8} and (dtype == torch.float32) <= (layouts == {DISK})
-    after = experts.state_dict()
-    assert list(after) == list(before) or set(after) == set(before)
-    assert all(torch.equal(after[name], before[name]) and after[name].is_contiguous() for name in before)
-    for name, weight in dense.items():
-        linear = experts.get_submodule(name)
-        assert type(linear) is StackedLinear and torch.equal(linear.dequantize(), weight)
-        assert [key for key, _ in linear.named_parameters()] == ["weight_shape"]
-        x = torch.randn(3, linear.in_features).to(dtype)
-        expected = x.double() @ weight.double().t() + linear.bias.double()
-        assert_close(linear(x), expected, **tolerance(dtype, 3, linear.in_features))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_copies_and_files_have_stacks_of_their_own(dtype: torch.dtype) -> None:
-    experts = packed_experts(QuantSpec(4, -1, False), dtype, bias=True, inner=64).repack()
-    x, *choices = routing()
-    routed = (x.to(dtype), *choices)
-    expected = experts(*routed)
-    copied = copy.deepcopy(experts)
-    assert copied.stacked and torch.equal(copied(*routed), expected)
-    unpickled = pickle.loads(pickle.dumps(experts))
-    assert unpickled.stacked and torch.equal(unpickled(*routed), expected)
-    file = io.BytesIO()
-    torch.save(experts.state_dict(), file)
-    file.seek(0)
-    other = packed_experts(QuantSpec(4, -1, False), dtype, bias=True, inner=64).repack()
-    assert not torch.equal(other(*routed), expected)
-    other.load_state_dict(torch.load(file))
-    assert other.stacked and torch.equal(other(*routed), expected)
-    linear = copy.deepcopy(experts[1].up_proj)
-    assert type(linear) is QuantLinear and torch.equal(linear.dequantize(), experts[1].up_proj.dequantize())
-    with torch.no_grad():
-        copied[1].up_proj.weight_scale.mul_(2)
-    assert torch.equal(experts(*routed), expected), "a copy shares nothing"
-
-
-def test_conversions_of_dtype_go_through() -> None:
-    experts = packed_experts(QuantSpec(4, -1), inner=64).repack()
-    x, chosen, weights = routing()
-    expected = experts(x, chosen, weights)
-    experts.to(torch.bfloat16)
-    assert experts.stacked and experts[0].up_proj.weight_scale.dtype == torch.bfloat16
-    assert_close(experts(x.bfloat16(), chosen, weights.bfloat16()), expected, **tolerance(torch.bfloat16, 8))
-
-
-def test_a_replaced_projection_is_called() -> None:
-    """As when an adapter is put on it: the common calls end, and no tensor is lost."""
-
-    class Doubled(nn.Module):
-        def __init__(self, base: nn.Module) -> None:
-            super().__init__()
-            self.base = base
-
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * self.base(x)
-
-    experts = packed_experts().repack()
-    routed = routing()
-    expected = experts(*routed)
-    for expert in experts:
-        expert.down_proj = Doubled(expert.down_proj)
-    assert not experts.stacked
-    assert_close(experts(*routed), 2 * expected, **tolerance(torch.float32, 4, 64))
-    assert all(type(m) is not StackedLinear for m in experts.modules())
-    assert experts.why_not_stackable() == "down_proj: Doubled is no QuantLinear"
-    assert not experts.repack().stacked and len(list(experts.parameters())) == 5 * 3 * 3
-
-
-def test_what_cannot_be_stacked_stays_as_it_is() -> None:
-    experts = packed_experts()
-    experts[3].up_proj = QuantLinear.from_quantized(random_quantized(48, 64, QuantSpec(8, -1)))
-    reason = experts.why_not_stackable()
-    assert reason is not None and reason.startswith("up_proj: experts of different shapes")
-    assert not experts.repack().stacked
-    experts = packed_experts()
-    experts[2].gate_proj.register_forward_hook(lambda *_: None)
-    assert experts.why_not_stackable() == "gate_proj: something listens to the calls of a single expert"
-    dense = separate(Merged())
-    assert dense.why_not_stackable() == "gate_proj: Linear is no QuantLinear" and not dense.repack().stacked
-
-
-def test_a_linear_in_a_stack_is_not_moved_or_loaded_alone() -> None:
-    experts = packed_experts().repack()
-    for change in (lambda m: m.half(), lambda m: m.load_state_dict(m.state_dict())):
-        with pytest.raises(RuntimeError, match="the module of all experts"):
-            change(experts[0].up_proj)
-
-
-def test_gradients_pass_a_stack() -> None:
-    experts = packed_experts(bias=True)
-    x, chosen, weights = routing()
-    grads = []
-    for run in (experts, experts.repack()):
-        leaf, share = x.clone().requires_grad_(), weights.clone().requires_grad_()
-        run(leaf, chosen, share).square().sum().backward()
-        grads.append((leaf.grad, share.grad))
-        del run
-    for grouped, alone in zip(grads[1], grads[0], strict=True):
-        assert_close(grouped, alone, **tolerance(torch.float32, 8, 64))
-
-
-def test_the_module_compiles_without_a_break() -> None:
-    experts = packed_experts(bias=True, concatenated=False).repack()
-    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
-    for routed in (routing(), routing(17)):
-        torch.testing.assert_close(compiled(*routed), experts(*routed))
-
-
-# --- whole models
-
-
-@pytest.mark.filterwarnings("ignore")  # transformers' own, about configurations this small
-@pytest.mark.parametrize("name", MOE)
-def test_models_run_in_common_calls_once_quantized_or_loaded(name: str, tmp_path: Path) -> None:
-    """tests/test_architectures.py has the rest of the way: names in the files, the dequantized twin, saving again."""
-    model = tiny(name)
-    report = quantize_(model, QuantSpec(4, 32, symmetric=name != "gpt_oss"), allow_partial=True)
-    together = logits(model, tokens())
-    with CheckpointWriter(tmp_path / "packed") as writer:
-        write_folder(writer, model, None, None, report)
-    loaded, _ = load(tmp_path / "packed", device="cpu")
-    for ready in (model, loaded):
-        of_blocks = [module for module in ready.modules() if isinstance(module, Experts)]
-        assert of_blocks and all(module.stacked and len(module._stacks) == 2 for module in of_blocks)
-        assert_close(logits(ready, tokens()), together, **tolerance(torch.float32, 64, 128))
-        for module in of_blocks:
-            module.take_apart()
-        assert_close(logits(ready, tokens()), together, **tolerance(torch.float32, 64, 128))
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "name, of_layer_0",
-    [
-        ("mixtral", "model.layers.0.block_sparse_moe.experts.3.w1.weight"),
-        ("qwen3_moe", "model.layers.0.mlp.experts.3.down_proj.weight"),
-        ("gpt_oss", "model.layers.0.mlp.experts.gate_up_proj"),  # merged in its own files too
-    ],
-)
-@pytest.mark.parametrize("spec", [QuantSpec(4, 32), QuantSpec(8, -1, True, ActivationSpec())], ids=QuantSpec.label)
-def test_dense_experts_of_another_layer_keep_the_names_of_the_original(
-    name: str, of_layer_0: str, spec: QuantSpec, tmp_path: Path
-) -> None:
-    """W8A8 tensors are called ``weight`` as dense ones are; only layer 0's may be merged in loading."""
-    model = tiny(name)
-    report = quantize_(model, spec, ignore=[r"layers\.0\.mlp\.experts", "lm_head"], allow_partial=True)
-    expected = logits(model, tokens())
-    with CheckpointWriter(tmp_path / "packed") as writer:
-        write_folder(writer, model, None, None, report)
-    loaded, _ = load(tmp_path / "packed", device="cpu")
-    assert torch.equal(logits(loaded, tokens()), expected)
-    assert [isinstance(layer.mlp.experts, Experts) for layer in loaded.model.layers] == [False, True]
-    loaded.save_pretrained(tmp_path / "again")
-    files = [load_file(tmp_path / folder / "model.safetensors") for folder in ("packed", "again")]
-    assert of_layer_0 in files[0] and set(files[0]) == set(files[1])
-    assert all(torch.equal(tensor, files[1][key]) for key, tensor in files[0].items())

@@ -4,34 +4,20 @@ Triton decides at import whether to interpret, so these tests run in a process o
 the interpreter; the kernels see fp16 and fp32 here.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from helpers import HALF_ULP, assert_close, tolerance
+from interpreted import BOUNDS_FROM_ARRAYS, INTERPRETING, assert_passes_interpreted
 
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
 
-# Triton 3.6's interpreter takes the bounds of a loop out of arrays in a way that numpy is going to forbid.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+pytestmark = BOUNDS_FROM_ARRAYS
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+if not INTERPRETING:
 
     def test_in_an_interpreting_process():
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            cwd=Path(__file__).parent.parent,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-        assert " passed" in done.stdout
+        assert_passes_interpreted(__file__)
 
 else:
     from lowbit_kernels import int8 as module
@@ -213,7 +199,19 @@ else:
         partials, counters = torch.empty(count, split, 64, 16, dtype=torch.int32), torch.zeros(count, dtype=torch.int32)
         out, ones = torch.zeros(1, n), torch.ones(n)
         module._int8_matmul_kernel[(count, 1)](
-            x, w, ones, ones, x, x, ones, out, partials, counters, M=1, N=n, **module._constants(k, tile, False, False)
+            x,
+            w,
+            ones,
+            ones,
+            x,
+            x,
+            ones,
+            out,
+            partials,
+            counters,
+            M=1,
+            N=n,
+            **module.int8_constants(k, tile, False, False),
         )
         expected = x[:, :1024].long() @ w[:, :1024].long().t()
         assert torch.equal(partials[:, 0, :, 0].flatten()[:n].long(), expected[0]) and counters.tolist() == [1] * count
@@ -262,7 +260,7 @@ else:
             (torch.zeros(4, 0), None, "x must be a contiguous"),
             (torch.zeros(4, 4, dtype=torch.float64), None, "float64"),
             (torch.zeros(4, 6).t(), None, "strides"),
-            (torch.zeros(4, 6), torch.ones(4), r"static must be one element .*\(4,\)"),
+            (torch.zeros(4, 6), torch.ones(3), r"static must be one element .*\(3,\)"),
             (torch.zeros(4, 6), torch.ones(1, device="meta"), "static must be one element .*meta"),
         ],
     )

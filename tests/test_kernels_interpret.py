@@ -5,34 +5,22 @@ silently wrong in the interpreter (it truncates and computes on the bits). The a
 order of the operands (mma.sync's below sm_90, wgmma's on it) and where the sums of x come from.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from helpers import MATMUL_CASES, Case, assert_close, random_quantized, tolerance
+from interpreted import INTERPRETING, assert_passes_interpreted
 from lowbit.affine import dequantize
 from lowbit.packing import pack_codes
 
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+if not INTERPRETING:
 
     def test_in_an_interpreting_process():
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            cwd=Path(__file__).parent.parent,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-        assert " passed" in done.stdout
+        assert_passes_interpreted(__file__)
 
 else:
     from triton.runtime.interpreter import GridExecutor, interpreter_builder

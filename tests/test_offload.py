@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging as hf_logging
 
 import lowbit
-from lowbit import LowbitConfig, QuantLinear, QuantSpec
-from packed_folder import pack_folder
+from lowbit import LowbitConfig, QuantSpec
+from packed_folder import pack_folder, packed_modules
 from tiny_models import tiny_folder
 
 TOKENS = torch.arange(5, 5 + 2 * 16).reshape(2, 16)
@@ -25,13 +23,7 @@ SPLIT = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1":
          "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def installed() -> Iterator[None]:
-    hf_logging.disable_progress_bar()
-    lowbit.install()
-    yield
-    lowbit.uninstall()
-    hf_logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("installed")
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +36,6 @@ def folder(request: pytest.FixtureRequest, dense: Path, tmp_path_factory: pytest
     spec = SPECS[request.param]
     out = tmp_path_factory.mktemp("packed") / request.param
     return pack_folder(dense, out, lambda name: None if name == "lm_head" else spec)
-
-
-def packed_modules(model: nn.Module) -> dict[str, QuantLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
 @torch.no_grad()

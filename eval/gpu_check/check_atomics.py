@@ -29,6 +29,7 @@ def _atomic_kernel(
     HAS_ZEROS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr,
     FOR_MMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """weight_only_kernel, except that every program adds its (BLOCK_M, BLOCK_N) sums to the fp32 zeros of out_ptr."""
     tile, split = tl.program_id(0), tl.program_id(1)
     token, row = tile_origin(tile, M, N, BLOCK_M, BLOCK_N)
     tokens_left = tl.minimum(M - token, BLOCK_M).to(tl.int32)

@@ -1,12 +1,12 @@
 """The correctness suite: what must hold before anything is measured. Each check returns what it found, or raises.
 
-On a GPU every family, both dtypes, odd shapes; with ``--interpret`` the same checks on Triton's interpreter, at tiny
-sizes in float16 and for the Triton and the dequant family alone, which shows that this suite itself works.
+On a GPU every family, both dtypes, odd shapes (``--tiny``: small ones alone); with ``--interpret`` the same checks on
+Triton's interpreter, tiny, in float16 and for the Triton and the dequant family alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,14 +17,18 @@ from tune_model import CHIPS, predict
 from tune_table import shipped_tiles
 
 from lowbit_kernels.dispatch import choose, fill_split
+from lowbit_kernels.int8 import gpu_name
 from lowbit_kernels.tiles import Problem, Tile, cdiv, fits, step_columns
+from lowbit_kernels.weight_only import device_arch
 
-__all__ = ["LIMITS", "Check", "CheckFailed", "checks", "family_tile", "work_of_checks"]
+__all__ = ["LIMITS", "Check", "CheckFailed", "checks", "family_tile", "limit_of", "work_of_checks"]
 
 LIMITS = {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 1e-5}
 """Largest relative RMS error against float64, by the result's dtype: one rounding and little more."""
+HALF = torch.float16
 ROUNDED_WEIGHTS = 1.3
-"""Factor on LIMITS for the dequant family, whose weights are rounded too: sqrt(2) of the error of one rounding."""
+"""Factor on LIMITS for the dequant family in fp16, whose weights are rounded too: sqrt(2) of 2.07e-4 in the mean, and a
+little for results of few elements. In bf16 its weights are rounded to fp16, which keeps to the limit."""
 RUNS = 20
 
 
@@ -40,25 +44,51 @@ class Check:
     run: Callable[[], float]
 
 
-def checks(device: torch.device, arch: int, *, interpret: bool) -> Iterator[Check]:
-    """Every check for this machine, cheapest first."""
-    families = ("triton", "dequant") if interpret or arch // 10 != 9 else ("triton", "gluon", "dequant")
-    dtypes = (torch.float16,) if interpret or arch < 80 else (torch.bfloat16, torch.float16)
-    for family in families:
-        for dtype in dtypes:
-            yield from _random(family, dtype, device, arch, interpret)
-            yield from _adversarial(family, dtype, device, arch, interpret)
-        if family != "dequant":
-            yield from _same_bits(family, dtypes[0], device, arch, interpret)
+def checks(device: torch.device, arch: int, *, tiny: bool, without: Sequence[str] = ()) -> Iterator[Check]:
+    """Every check for this machine: on a CPU (the interpreter) in float16 alone, without what only a GPU has.
+
+    Gluon comes last: it synchronises by hand, and if it never ends, everything else has been checked by then.
+
+    Args:
+        tiny: shapes that take no time, for a first look and for the interpreter.
+        without: families to leave out.
+    """
+    on_gpu = device.type == "cuda"
+    dtypes = (torch.bfloat16, torch.float16) if on_gpu and arch >= 80 else (torch.float16,)
+    for family in ("triton", "dequant"):
+        yield from _of_family(family, dtypes, device, arch, tiny)
     from check_grouped import grouped_checks  # which use this module
     from check_int8 import int8_checks
 
-    yield from grouped_checks(device, dtypes, arch, interpret=interpret)
-    yield from int8_checks(device, dtypes, interpret=interpret)
-    yield from _invariant(dtypes[0], device, interpret)
-    yield from _dispatched(dtypes[0], device, arch, interpret)
-    if not interpret:
-        yield from _machinery(device, dtypes[0])
+    yield from grouped_checks(device, dtypes, arch, tiny=tiny)
+    yield from int8_checks(device, dtypes, tiny=tiny)
+    yield from _invariant(dtypes[0], device, tiny)
+    yield from _dispatched(dtypes[0], device, tiny)
+    if on_gpu:
+        yield from _machinery(device, dtypes[0], tiny)
+    if on_gpu and arch == 90 and "gluon" not in without:
+        yield from _of_family("gluon", dtypes, device, arch, tiny)
+
+
+def _of_family(
+    family: str, dtypes: Sequence[torch.dtype], device: torch.device, arch: int, tiny: bool
+) -> Iterator[Check]:
+    for dtype in dtypes:
+        yield from _random(family, dtype, device, arch, tiny)
+        yield from _adversarial(family, dtype, device, arch, tiny)
+    if family != "dequant":
+        yield from _same_bits(family, dtypes[0], device, arch, tiny)
+
+
+def limit_of(dtype: torch.dtype, elements: int, tile: Tile | None = None) -> float:
+    """Largest relative RMS error allowed for a result of ``dtype`` and so many elements, by ``tile`` if it matters.
+
+    LIMITS are for many elements. The error of few scatters: rounded to bf16 and nothing else, one result in seven of 16
+    normal elements is off by more than 2e-3, and none of 10**5 by more than half as much again (1.36 for 64, 1.13 for
+    120, 1.0 for 400; simulated). So results of less than 1024 get ``1 + 4 / sqrt(elements)``.
+    """
+    few = 1 + 4 / max(1, elements) ** 0.5 if elements < 1024 else 1.0
+    return few * LIMITS[dtype] * (ROUNDED_WEIGHTS if tile and tile.family == "dequant" and dtype == HALF else 1.0)
 
 
 def work_of_checks(arch: int) -> Iterator[tuple[Problem, Tile]]:
@@ -85,7 +115,7 @@ def family_tile(family: str, problem: Problem, arch: int, multiprocessors: int =
     return min(tiles, key=lambda tile: (predict(tile, problem, chip).seconds, repr(tile)), default=None)
 
 
-def _shapes(interpret: bool) -> list[tuple[int, int, int, int, int, bool, bool]]:
+def _shapes(tiny: bool) -> list[tuple[int, int, int, int, int, bool, bool]]:
     """(m, n, k, bits, group, asymmetric, bias)."""
     tiny = [
         (1, 64, 128, 4, 128, False, False),
@@ -95,7 +125,7 @@ def _shapes(interpret: bool) -> list[tuple[int, int, int, int, int, bool, bool]]
         (5, 48, 192, 8, 64, True, False),
         (1, 16, 256, 2, 64, True, False),
     ]
-    if interpret:
+    if tiny:
         return tiny
     return [
         *tiny,
@@ -113,14 +143,16 @@ def _shapes(interpret: bool) -> list[tuple[int, int, int, int, int, bool, bool]]
     ]
 
 
-def _compare(packed: Packed, x: Tensor, tile: Tile, bias: Tensor | None, where: str) -> float:
+def _compare(packed: Packed, x: Tensor, tile: Tile | None, bias: Tensor | None, where: str) -> float:
     with poisoned_empty():
         out = packed(x, bias, tile=tile)
+    if tile is None:
+        tile = choose(packed.problem(len(x)), device_arch(x.device), gpu_name=gpu_name(x.device))
     expected = reference(x, packed, bias)
     if out.shape != expected.shape or out.dtype != x.dtype:
         raise CheckFailed(f"{where}: got {tuple(out.shape)} {out.dtype}, expected {tuple(expected.shape)} {x.dtype}")
     error = relative_rms(out, expected)
-    limit = LIMITS[x.dtype] * (ROUNDED_WEIGHTS if tile.family == "dequant" else 1.0)
+    limit = limit_of(x.dtype, out.numel(), tile)
     if not error <= limit:
         bad = (~((out.double() - expected).abs() <= 16 * limit * expected.square().mean().sqrt())).nonzero()
         raise CheckFailed(
@@ -130,8 +162,8 @@ def _compare(packed: Packed, x: Tensor, tile: Tile, bias: Tensor | None, where: 
     return error
 
 
-def _random(family: str, dtype: torch.dtype, device: torch.device, arch: int, interpret: bool) -> Iterator[Check]:
-    for m, n, k, bits, group, asymmetric, with_bias in _shapes(interpret):
+def _random(family: str, dtype: torch.dtype, device: torch.device, arch: int, tiny: bool) -> Iterator[Check]:
+    for m, n, k, bits, group, asymmetric, with_bias in _shapes(tiny):
         problem = Problem(m, n, k, bits, group, dtype, asymmetric)
         tile = family_tile(family, problem, arch)
         if tile is None:
@@ -167,8 +199,8 @@ def _inputs(m: int, k: int, device: torch.device) -> dict[str, Tensor]:
     }
 
 
-def _adversarial(family: str, dtype: torch.dtype, device: torch.device, arch: int, interpret: bool) -> Iterator[Check]:
-    m, n, k = (3, 48, 256) if interpret else (24, 1040, 4096)
+def _adversarial(family: str, dtype: torch.dtype, device: torch.device, arch: int, tiny: bool) -> Iterator[Check]:
+    m, n, k = (3, 48, 256) if tiny else (24, 1040, 4096)
     for bits, asymmetric in ((4, True), (8, False)):
         problem = Problem(m, n, k, bits, 128, dtype, asymmetric)
         tile = family_tile(family, problem, arch)
@@ -198,15 +230,20 @@ def _adversarial(family: str, dtype: torch.dtype, device: torch.device, arch: in
 
 
 def _one_hot(packed: Packed, dtype: torch.dtype, device: torch.device, tile: Tile, where: str) -> None:
-    """x with a single 1 reads one column of W, rounded once: equal bit for bit."""
+    """x with a single 1 reads one column of W, rounded once: equal bit for bit.
+
+    The dequant family rounds to float16 before it rounds to bf16, and so may end one unit in the last place away.
+    """
     columns = torch.linspace(0, packed.k - 1, 8).long().tolist()
     x = torch.zeros(len(columns), packed.k, device=device, dtype=dtype)
     for row, column in enumerate(columns):
         x[row, column] = 1
     expected = dense_weight(packed, torch.float64)[:, columns].t().to(dtype)
     out = packed(x, tile=tile)
-    if not torch.equal(out, expected):
-        bad = (out != expected).nonzero()
+    unit = 2**-7 if tile.family == "dequant" and dtype == torch.bfloat16 else 0.0
+    right = (out.double() - expected.double()).abs() <= unit * expected.double().abs()
+    if not bool(right.all()):
+        bad = (~right).nonzero()
         raise CheckFailed(f"{where}, {tile}: {len(bad)} of {out.numel()} weights differ, first {bad[:4].tolist()}")
 
 
@@ -220,8 +257,8 @@ def _rows_do_not_mix(packed: Packed, m: int, dtype: torch.dtype, device: torch.d
         raise CheckFailed(f"{where}, {tile}: NaN in one row of x did not stay in that row of the result")
 
 
-def _same_bits(family: str, dtype: torch.dtype, device: torch.device, arch: int, interpret: bool) -> Iterator[Check]:
-    m, n, k = (2, 32, 1024) if interpret else (5, 4096, 14336)
+def _same_bits(family: str, dtype: torch.dtype, device: torch.device, arch: int, tiny: bool) -> Iterator[Check]:
+    m, n, k = (2, 32, 1024) if tiny else (5, 4096, 14336)
     problem = Problem(m, n, k, 4, 128, dtype, True)
     tile = family_tile(family, problem, arch)
     if tile is None:
@@ -237,7 +274,7 @@ def _same_bits(family: str, dtype: torch.dtype, device: torch.device, arch: int,
             packed = random_packed(n, k, 4, 128, dtype, device, asymmetric=True)
             x = torch.randn(m, k, device=device).to(dtype)
             first = packed(x, tile=split_tile)
-            runs = 3 if interpret else RUNS
+            runs = 3 if tiny else RUNS
             for number in range(runs):
                 if not torch.equal(packed(x, tile=split_tile), first):
                     raise CheckFailed(f"{split_tile}: run {number + 2} of the same input gave other bits")
@@ -246,8 +283,8 @@ def _same_bits(family: str, dtype: torch.dtype, device: torch.device, arch: int,
         yield Check(f"{family} same bits on every run, split_k {split}", run)
 
 
-def _invariant(dtype: torch.dtype, device: torch.device, interpret: bool) -> Iterator[Check]:
-    n, k, rows = (32, 512, 9) if interpret else (4096, 4096, 300)
+def _invariant(dtype: torch.dtype, device: torch.device, tiny: bool) -> Iterator[Check]:
+    n, k, rows = (32, 512, 9) if tiny else (4096, 4096, 300)
 
     def run() -> float:
         torch.manual_seed(2)
@@ -262,10 +299,10 @@ def _invariant(dtype: torch.dtype, device: torch.device, interpret: bool) -> Ite
     yield Check("batch invariance", run)
 
 
-def _dispatched(dtype: torch.dtype, device: torch.device, arch: int, interpret: bool) -> Iterator[Check]:
+def _dispatched(dtype: torch.dtype, device: torch.device, tiny: bool) -> Iterator[Check]:
     """No tile given: what users call, over M."""
-    n, k = (40, 256) if interpret else (4096, 4096)
-    for m in (0, 1, 9) if interpret else (0, 1, 2, 16, 40, 128, 1000, 4096):
+    n, k = (40, 256) if tiny else (4096, 4096)
+    for m in (0, 1, 9) if tiny else (0, 1, 2, 16, 40, 128, 1000, 4096):
 
         def run(m: int = m) -> float:
             torch.manual_seed(m)
@@ -275,15 +312,16 @@ def _dispatched(dtype: torch.dtype, device: torch.device, arch: int, interpret: 
                 if packed(x).shape != (0, n):
                     raise CheckFailed(f"no tokens: got {tuple(packed(x).shape)}, expected {(0, n)}")
                 return 0.0
-            return _compare(packed, x, choose(packed.problem(m), arch), None, f"dispatched, M = {m}")
+            return _compare(packed, x, None, None, f"dispatched, M = {m}")
 
         yield Check(f"dispatched M = {m}", run)
 
 
-def _machinery(device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
+def _machinery(device: torch.device, dtype: torch.dtype, tiny: bool) -> Iterator[Check]:
     """What only a GPU has: graphs, compilation of the whole model, 64-bit offsets."""
     from check_machinery import captured, compiled_fullgraph, far_offsets
 
-    yield Check("CUDA graph capture", lambda: captured(device, dtype))
+    yield Check("CUDA graph capture", lambda: captured(device, dtype, tiny))
     yield Check("torch.compile(fullgraph=True)", lambda: compiled_fullgraph(device, dtype))
-    yield Check("offsets past 2**31", lambda: far_offsets(device, dtype))
+    if not tiny:
+        yield Check("offsets past 2**31", lambda: far_offsets(device, dtype))

@@ -33,7 +33,7 @@ def require_gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def about(device: torch.device) -> dict[str, Any]:
+def about(device: torch.device, *, tiny: bool = False) -> dict[str, Any]:
     """What a record carries. On the CPU (``--interpret``) the GPU's entries say so."""
     import triton
 
@@ -46,7 +46,7 @@ def about(device: torch.device) -> dict[str, Any]:
         "triton": triton.__version__,
         "cuda": torch.version.cuda or "none",
         "python": platform.python_version(),
-        "sources": sources(),
+        "sources": sources() + " tiny" * tiny,  # so that no full run takes up what a tiny one left
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 

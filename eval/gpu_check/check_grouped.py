@@ -6,24 +6,24 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from check_correct import LIMITS, RUNS, Check, CheckFailed
+from check_correct import RUNS, Check, CheckFailed, limit_of
 from check_layers import Packed, poisoned_empty, random_packed, reference, relative_rms
 from torch import Tensor
 
 from lowbit_kernels.grouped import MIN_ARCH, grouped_matmul, grouped_tile
+from lowbit_kernels.grouped_int8 import grouped_int8_linear
+from lowbit_kernels.int8 import int8_linear
 
 __all__ = ["grouped_checks"]
 
 Stack = tuple[Tensor, Tensor, Tensor | None]
 
 
-def grouped_checks(
-    device: torch.device, dtypes: tuple[torch.dtype, ...], arch: int, *, interpret: bool
-) -> Iterator[Check]:
+def grouped_checks(device: torch.device, dtypes: tuple[torch.dtype, ...], arch: int, *, tiny: bool) -> Iterator[Check]:
     """Every check of the kernel; none where it does not run."""
     if arch < MIN_ARCH:
         return
-    tiny = [
+    small = [
         ([0, 3, 0, 18, 1], 40, 256, 4, 64, True),
         ([2, 0], 33, 200, 8, -1, False),
         ([0, 0, 5], 16, 256, 2, 64, True),
@@ -35,12 +35,15 @@ def grouped_checks(
         ([0, 64, 33, 8], 4096, 4096, 8, 128, False),
     ]
     for dtype in dtypes:
-        for counts, n, k, bits, group, asymmetric in tiny if interpret else tiny + large:
+        for counts, n, k, bits, group, asymmetric in small if tiny else small + large:
             kind = f"{bits}b g{group} {'asym' if asymmetric else 'sym'}"
             name = f"grouped {str(dtype)[6:]} {sum(counts)} rows, {len(counts)} x {n}x{k} {kind}"
             yield Check(name, partial(_case, counts, n, k, bits, group, asymmetric, dtype, device, arch, name))
-    yield Check("grouped same bits on every run", partial(_same_bits, dtypes[0], device, interpret))
-    if not interpret:
+    for dtype in dtypes:
+        name = f"grouped w8a8 {str(dtype)[6:]}"
+        yield Check(name, partial(_int8_case, dtype, device, tiny, name))
+    yield Check("grouped same bits on every run", partial(_same_bits, dtypes[0], device, tiny))
+    if device.type == "cuda":
         yield Check("grouped CUDA graph, other ends on replay", partial(_captured, dtypes[0], device))
 
 
@@ -78,19 +81,47 @@ def _case(
             raise CheckFailed(f"{where}: rows of expert {e} differ from its own matmul with {tile}")
         begin += rows
     error = relative_rms(out[:begin], torch.cat(parts))
-    if not error <= LIMITS[dtype]:
-        raise CheckFailed(f"{where}, {tile}: relative RMS error {error:.2e}, allowed {LIMITS[dtype]:.1e}")
+    limit = limit_of(dtype, out[:begin].numel())
+    if not error <= limit:
+        raise CheckFailed(f"{where}, {tile}: relative RMS error {error:.2e}, allowed {limit:.1e}")
     return error
 
 
-def _same_bits(dtype: torch.dtype, device: torch.device, interpret: bool) -> float:
+def _int8_case(dtype: torch.dtype, device: torch.device, tiny: bool, where: str) -> float:
+    """Row i has the bits that its expert's own W8A8 layer gives it; rows of an expert elsewhere and of nobody are 0."""
+    torch.manual_seed(3)
+    n, k, counts = (33, 64, [3, 0, 20, 2]) if tiny else (2048, 4096, [3, 0, 300, 17])
+    slots = torch.tensor([1, 0, 2, -1], dtype=torch.int32, device=device)
+    codes = torch.randint(-128, 128, (3, n, k), dtype=torch.int8, device=device)
+    scales, bias = 0.001 + 0.001 * torch.rand(3, n, device=device), torch.randn(3, n, device=device)
+    zeros = torch.randint(-128, 128, (3, n), dtype=torch.int8, device=device)
+    x, ends = torch.randn(sum(counts) + 4, k, device=device).to(dtype), _ends(counts, device)
+    with poisoned_empty():
+        out = grouped_int8_linear(x, ends, slots, codes, scales, zeros, None, bias)
+    begin = 0
+    for weight, rows in zip((1, 0, 2, None), counts, strict=True):
+        mine = slice(begin, begin + rows)
+        if weight is None:
+            expected = torch.zeros_like(out[mine])
+        else:
+            one = (codes[weight], scales[weight], zeros[weight])
+            expected = int8_linear(x[mine].contiguous(), *one, None, bias[weight])
+        if not torch.equal(out[mine], expected):
+            raise CheckFailed(f"{where}: rows {begin} to {begin + rows} differ from their expert's own layer")
+        begin += rows
+    if bool(out[begin:].any()):
+        raise CheckFailed(f"{where}: rows past the last expert's are not zero")
+    return float(begin)
+
+
+def _same_bits(dtype: torch.dtype, device: torch.device, tiny: bool) -> float:
     torch.manual_seed(1)
-    n, k, counts = (32, 256, [3, 0, 9]) if interpret else (2048, 4096, [40, 0, 200, 5])
+    n, k, counts = (32, 256, [3, 0, 9]) if tiny else (2048, 4096, [40, 0, 200, 5])
     _, stack = _experts(len(counts), n, k, 4, 128, True, dtype, device)
     x = torch.randn(sum(counts), k, device=device).to(dtype)
     runs = [
         grouped_matmul(x, _ends(counts, device), *stack, None, bits=4, group_size=128, n=n)
-        for _ in range(3 if interpret else RUNS)
+        for _ in range(3 if tiny else RUNS)
     ]
     if not all(torch.equal(run, runs[0]) for run in runs):
         raise CheckFailed("the same input of the grouped matmul gave other bits")

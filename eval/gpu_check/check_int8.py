@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from check_correct import LIMITS, RUNS, Check, CheckFailed
+from check_correct import RUNS, Check, CheckFailed, limit_of
 from check_layers import poisoned_empty, relative_rms
 from torch import Tensor
 
 __all__ = ["int8_checks"]
 
 
-def int8_checks(device: torch.device, dtypes: tuple[torch.dtype, ...], *, interpret: bool) -> Iterator[Check]:
+def int8_checks(device: torch.device, dtypes: tuple[torch.dtype, ...], *, tiny: bool) -> Iterator[Check]:
     """Every check of the two kernels."""
     small = [(1, 48, 256, False, True), (5, 33, 100, True, False), (19, 64, 512, False, False)]
     large = [
@@ -24,11 +24,11 @@ def int8_checks(device: torch.device, dtypes: tuple[torch.dtype, ...], *, interp
         (2049, 6144, 4096, False, False),
     ]
     for dtype in dtypes:
-        for m, n, k, asymmetric, with_bias in small if interpret else small + large:
+        for m, n, k, asymmetric, with_bias in small if tiny else small + large:
             name = f"w8a8 {str(dtype)[6:]} {m}x{n}x{k} {'asym' if asymmetric else 'sym'}"
             yield Check(name, partial(_linear, m, n, k, asymmetric, with_bias, dtype, device, name))
         yield Check(f"w8a8 {str(dtype)[6:]} rows that are not numbers", partial(_not_numbers, dtype, device))
-    yield Check("w8a8 same bits on every run", partial(_same_bits, dtypes[0], device, interpret))
+    yield Check("w8a8 same bits on every run", partial(_same_bits, dtypes[0], device, tiny))
 
 
 def _weights(n: int, k: int, asymmetric: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -61,8 +61,9 @@ def _linear(
     exact = x_q.double() @ (codes.double() - offset).t() * x_scale.double()[:, None] * scales.double()
     exact = exact if bias is None else exact + bias.double()
     error = relative_rms(out, exact)
-    if out.dtype != dtype or not error <= LIMITS[dtype]:
-        raise CheckFailed(f"{where}: {out.dtype}, relative RMS error {error:.2e}, allowed {LIMITS[dtype]:.0e}")
+    limit = limit_of(dtype, out.numel())
+    if out.dtype != dtype or not error <= limit:
+        raise CheckFailed(f"{where}: {out.dtype}, relative RMS error {error:.2e}, allowed {limit:.1e}")
     return error
 
 
@@ -82,15 +83,15 @@ def _not_numbers(dtype: torch.dtype, device: torch.device) -> float:
     return 0.0
 
 
-def _same_bits(dtype: torch.dtype, device: torch.device, interpret: bool) -> float:
+def _same_bits(dtype: torch.dtype, device: torch.device, tiny: bool) -> float:
     from lowbit_kernels.int8 import int8_linear
 
     torch.manual_seed(4)
-    m, n, k = (2, 32, 1024) if interpret else (3, 4096, 14336)
+    m, n, k = (2, 32, 1024) if tiny else (3, 4096, 14336)
     codes, scales, zeros = _weights(n, k, True, device)
     x = torch.randn(m, k, device=device).to(dtype)
     first = int8_linear(x, codes, scales, zeros, None, None)
-    runs = 3 if interpret else RUNS
+    runs = 3 if tiny else RUNS
     for number in range(runs):
         if not torch.equal(int8_linear(x, codes, scales, zeros, None, None), first):
             raise CheckFailed(f"w8a8: run {number + 2} of the same input gave other bits")

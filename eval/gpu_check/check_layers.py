@@ -18,7 +18,17 @@ from lowbit_kernels.layout import to_tiles
 from lowbit_kernels.tiles import Problem, Tile
 from lowbit_kernels.weight_only import weight_only_matmul
 
-__all__ = ["LAYERS", "Linear", "Packed", "dense_weight", "poisoned_empty", "random_packed", "reference", "relative_rms"]
+__all__ = [
+    "LAYERS",
+    "TINY_LAYERS",
+    "Linear",
+    "Packed",
+    "dense_weight",
+    "poisoned_empty",
+    "random_packed",
+    "reference",
+    "relative_rms",
+]
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,11 @@ LAYERS = {
     ),
 }
 """Llama 3's four linears with q, k, v and gate, up fused (Llama 3 herd of models, table 3)."""
+TINY_LAYERS = {
+    name: (Linear("qkv", 256, 128), Linear("o", 128, 128), Linear("gate_up", 384, 128), Linear("down", 128, 1024))
+    for name in LAYERS
+}
+"""Of ``--tiny``: to see that everything runs."""
 
 
 @dataclass(frozen=True)

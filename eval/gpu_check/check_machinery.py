@@ -6,10 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from check_layers import random_packed, reference, relative_rms
+
+from lowbit_kernels.tiles import Tile
 
 __all__ = ["captured", "compiled_fullgraph", "far_offsets", "sanitize", "sanitized_launches"]
 
@@ -20,12 +23,12 @@ class _Wrong(AssertionError):
     pass
 
 
-def captured(device: torch.device, dtype: torch.dtype) -> float:
+def captured(device: torch.device, dtype: torch.dtype, tiny: bool = False) -> float:
     """A captured call gives the same bits as a plain one, on replay after replay and with new input."""
-    worst = 0.0
-    for m, split in ((1, None), (64, None), (1000, None)):
-        packed = random_packed(4096, 4096, 4, 128, dtype, device, asymmetric=True)
-        x = torch.randn(m, 4096, device=device).to(dtype)
+    worst, size = 0.0, 256 if tiny else 4096
+    for m in (1, 64, 1000):
+        packed = random_packed(size, size, 4, 128, dtype, device, asymmetric=True)
+        x = torch.randn(m, size, device=device).to(dtype)
         packed(x)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -36,7 +39,7 @@ def captured(device: torch.device, dtype: torch.dtype) -> float:
             out.fill_(float("nan"))
             graph.replay()
             if not torch.equal(out, packed(x)):
-                raise _Wrong(f"M = {m}, split {split}: a replayed graph gave other bits than the call")
+                raise _Wrong(f"M = {m}: a replayed graph gave other bits than the call")
         worst = max(worst, relative_rms(out, reference(x, packed)))
     return worst
 
@@ -78,20 +81,24 @@ def far_offsets(device: torch.device, dtype: torch.dtype) -> float:
         raise MemoryError(f"needs {needed / 2**30:.0f} GiB of free GPU memory: not checked")
     packed = random_packed(n, k, 4, 64, dtype, device)
     x = torch.randn(m, k, device=device).to(dtype)
-    out = packed(x)
-    error = relative_rms(out[-7:], reference(x[-7:], packed))
-    if not error <= 2e-3:
-        raise _Wrong(f"the last rows of a result of {m * n} elements are off by {error:.2e}")
-    return error
+    expected, worst = reference(x[-7:], packed), 0.0
+    # what the dispatcher takes, cuBLAS for so many tokens, and a fused one
+    for tile in (None, Tile("triton", 16, 64, 1, 4, 3)):
+        error = relative_rms(packed(x, tile=tile)[-7:], expected)
+        if not error <= 3e-3:  # wrong offsets are off by more than everything; roundings are judged elsewhere
+            raise _Wrong(f"{tile}: the last rows of a result of {m * n} elements are off by {error:.2e}")
+        worst = max(worst, error)
+    return worst
 
 
-def sanitize(tool: str) -> str:
+def sanitize(tool: str, without: Sequence[str] = ()) -> str:
     """Run small launches under compute-sanitizer; a sentence about the outcome. Raises when it reports an error."""
     program = shutil.which("compute-sanitizer")
     if program is None:
         return "compute-sanitizer is not installed: not run"
     main = Path(__file__).with_name("check_main.py")
     command = [program, "--tool", tool, "--error-exitcode", "66", sys.executable, str(main), "--sanitized-launches"]
+    command += [f"--without={','.join(without)}"] if without else []
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SANITIZE_S, env=os.environ.copy())
     except subprocess.TimeoutExpired:
@@ -104,7 +111,7 @@ def sanitize(tool: str) -> str:
     return f"{tool}: no errors"
 
 
-def sanitized_launches() -> int:
+def sanitized_launches(without: Sequence[str] = ()) -> int:
     """What runs under the sanitizer: every family on one small, odd shape."""
     from check_correct import family_tile
 
@@ -114,7 +121,7 @@ def sanitized_launches() -> int:
     for bits, asymmetric in ((4, True), (8, False)):
         packed = random_packed(200, 512, bits, 128, torch.float16, device, asymmetric=asymmetric)
         for family in ("triton", "gluon", "dequant"):
-            if family == "gluon" and major != 9:
+            if family in without or (family == "gluon" and major != 9):
                 continue
             for m in (1, 20):
                 tile = family_tile(family, packed.problem(m), arch)

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from check_atomics import atomic_matmul, has_atomic_form
-from check_correct import LIMITS, ROUNDED_WEIGHTS, CheckFailed, family_tile
+from check_correct import CheckFailed, family_tile, limit_of
 from check_device import clocks
-from check_layers import LAYERS, Linear, Packed, dense_weight, random_packed, reference, relative_rms
+from check_layers import LAYERS, TINY_LAYERS, Linear, Packed, dense_weight, random_packed, reference, relative_rms
 from check_peers import PEERS, Unavailable
-from check_stats import copies_for, interleaved
+from check_stats import COLD_BYTES, copies_for, interleaved
 from check_time import GraphTimer
 from torch import Tensor
 
@@ -37,12 +37,13 @@ CHECKED_TOKENS = 8
 
 @dataclass(frozen=True)
 class Point:
-    """One case: a mode, a layer's linear, a number of tokens."""
+    """One case: a mode, a layer's linear, a number of tokens; bytes of weights to rotate over."""
 
     mode: str
     layer: str
     linear: Linear
     m: int
+    cold: int = COLD_BYTES
 
     @property
     def case(self) -> str:
@@ -50,24 +51,27 @@ class Point:
         return f"{self.mode} {self.layer} {self.linear.name} M={self.m}"
 
 
-def points(modes: tuple[str, ...] = MODES, tokens: tuple[int, ...] = TOKENS) -> Iterator[Point]:
-    """Every case: what matters most first, should time run out."""
+def points(modes: tuple[str, ...] = MODES, *, tiny: bool = False) -> Iterator[Point]:
+    """Every case: what matters most first, should time run out. ``tiny``: layers that take no time, few tokens."""
+    layers, tokens, cold = (TINY_LAYERS, TOKENS[:3], 0) if tiny else (LAYERS, TOKENS, COLD_BYTES)
     for mode in modes:
         for layer in ("70b", "8b"):
             for m in tokens:
-                for linear in LAYERS[layer]:
-                    yield Point(mode, layer, linear, m)
+                for linear in layers[layer]:
+                    yield Point(mode, layer, linear, m, cold)
 
 
-def measure(point: Point, arch: int, gpu: str, peers: tuple[str, ...], say: Callable[[str], None]) -> dict[str, Any]:
+def measure(
+    point: Point, arch: int, gpu: str, peers: tuple[str, ...], without: tuple[str, ...], say: Callable[[str], None]
+) -> dict[str, Any]:
     """Measure one case; the record's content. CheckFailed when a lowbit result is wrong."""
     torch.manual_seed(point.linear.n * 31 + point.linear.k)
     n, k, m = point.linear.n, point.linear.k, point.m
     x = torch.randn(m, k, device=DEVICE).to(DTYPE)
     if point.mode == "w8a8":
-        runs, tiles, errors, moved = _int8_contestants(x, n, k)
+        runs, tiles, errors, moved = _int8_contestants(x, n, k, point.cold)
     else:
-        runs, tiles, errors, moved = _weight_only_contestants(point, x, arch, gpu, peers, say)
+        runs, tiles, errors, moved = _weight_only_contestants(point, x, arch, gpu, peers, without, say)
     timers: dict[str, Callable[[], float]] = {name: GraphTimer(calls) for name, calls in runs.items()}
     timings = interleaved(timers, ROUNDS)
     return {
@@ -101,18 +105,26 @@ Contestants = tuple[dict[str, list[Callable[[], object]]], dict[str, str], dict[
 
 
 def _weight_only_contestants(
-    point: Point, x: Tensor, arch: int, gpu: str, peers: tuple[str, ...], say: Callable[[str], None]
+    point: Point,
+    x: Tensor,
+    arch: int,
+    gpu: str,
+    peers: tuple[str, ...],
+    without: tuple[str, ...],
+    say: Callable[[str], None],
 ) -> Contestants:
     bits, n, k = (4 if point.mode == "w4a16" else 8), point.linear.n, point.linear.k
     group, device = GROUP[point.mode], DEVICE
     problem = Problem(point.m, n, k, bits, group, DTYPE)
     first = random_packed(n, k, bits, group, DTYPE, device)
     weights = [first]
-    for _ in range(copies_for(first.bytes(), free_memory() // 8) - 1):
+    for _ in range(copies_for(first.bytes(), free_memory() // 8, point.cold) - 1):
         weights.append(random_packed(n, k, bits, group, DTYPE, device))
     runs: dict[str, list[Callable[[], object]]] = {}
     tiles, errors = {}, {}
     for name, tile in _lowbit_tiles(problem, arch, gpu).items():
+        if tile.family in without:
+            continue
         errors[name] = _checked(first, x, tile, f"{point.case}, {name}")
         runs[name] = [_bound(packed, x, tile) for packed in weights]
         tiles[name] = str(tile)
@@ -120,10 +132,10 @@ def _weight_only_contestants(
     if has_atomic_form(first, point.m, chosen):
         runs["lowbit with atomics"] = [_bound_atomic(packed, x, chosen) for packed in weights]
         tiles["lowbit with atomics"] = str(chosen)
-    runs["cublas bf16"] = _cublas(first, x)
+    runs["cublas bf16"] = _cublas(first, x, point.cold)
     for name in peers:
         try:
-            calls = PEERS[name](problem, copies_for(n * k * bits // 8, free_memory() // 8))
+            calls = PEERS[name](problem, copies_for(n * k * bits // 8, free_memory() // 8, point.cold))
             calls[0](x).sum().item()  # run it to its end: a fault on the device shows here
         except Unavailable as reason:
             say(f"{point.case}: {name}: {reason}")
@@ -151,7 +163,7 @@ def _checked(packed: Packed, x: Tensor, tile: Tile, where: str) -> float:
     out = packed(x, tile=tile)
     rows = slice(0, CHECKED_TOKENS)
     error = relative_rms(out[rows], reference(x[rows], packed))
-    limit = LIMITS[x.dtype] * (ROUNDED_WEIGHTS if tile.family == "dequant" else 1.0)
+    limit = limit_of(x.dtype, out[rows].numel(), tile)
     if not error <= limit or not bool(out.isfinite().all()):
         raise CheckFailed(f"{where}, {tile}: relative RMS error {error:.2e}, allowed {limit:.1e}: not measured")
     return error
@@ -165,21 +177,21 @@ def _bound_atomic(packed: Packed, x: Tensor, tile: Tile) -> Callable[[], object]
     return lambda: atomic_matmul(packed, x, tile)
 
 
-def _cublas(first: Packed, x: Tensor) -> list[Callable[[], object]]:
+def _cublas(first: Packed, x: Tensor, cold: int) -> list[Callable[[], object]]:
     n, k = first.n, first.k
     parts = [dense_weight(first, DTYPE, slice(row, row + 4096)) for row in range(0, n, 4096)]
     dense = [torch.cat(parts)]
     del parts
-    for _ in range(copies_for(2 * n * k, free_memory() // 4) - 1):
+    for _ in range(copies_for(2 * n * k, free_memory() // 4, cold) - 1):
         dense.append((0.1 * torch.randn(n, k, device=DEVICE)).to(DTYPE))
     return [lambda weight=weight: torch.nn.functional.linear(x, weight) for weight in dense]
 
 
-def _int8_contestants(x: Tensor, n: int, k: int) -> Contestants:
+def _int8_contestants(x: Tensor, n: int, k: int, cold: int) -> Contestants:
     from lowbit_kernels.int8 import int8_linear, int8_matmul
     from lowbit_kernels.int8_quantize import quantize_activations
 
-    copies = copies_for(n * k, free_memory() // 8)
+    copies = copies_for(n * k, free_memory() // 8, cold)
     weights = [torch.randint(-128, 128, (n, k), dtype=torch.int8, device=DEVICE) for _ in range(copies)]
     scale = 0.01 + 0.01 * torch.rand(n, device=DEVICE)
 
@@ -191,7 +203,7 @@ def _int8_contestants(x: Tensor, n: int, k: int) -> Contestants:
     rows = slice(0, CHECKED_TOKENS)
     exact = x_q[rows].double() @ weights[0].double().t() * x_scale[rows].double().view(-1, 1) * scale.double()
     error = relative_rms(ours(weights[0])[rows], exact)
-    if not error <= LIMITS[DTYPE]:
+    if not error <= limit_of(DTYPE, exact.numel()):
         raise CheckFailed(f"W8A8 {tuple(x.shape)} x {n}: relative RMS error {error:.2e} against its own int8 operands")
     runs: dict[str, list[Callable[[], object]]] = {
         "lowbit": [lambda weight=weight: ours(weight) for weight in weights],
@@ -202,7 +214,8 @@ def _int8_contestants(x: Tensor, n: int, k: int) -> Contestants:
     if x.shape[0] > 16:  # torch._int_mm refuses fewer rows
         runs["torch._int_mm"] = [lambda weight=weight: torch._int_mm(x_q, weight.t()) for weight in weights]
     dense = [
-        (0.1 * torch.randn(n, k, device=DEVICE)).to(DTYPE) for _ in range(copies_for(2 * n * k, free_memory() // 4))
+        (0.1 * torch.randn(n, k, device=DEVICE)).to(DTYPE)
+        for _ in range(copies_for(2 * n * k, free_memory() // 4, cold))
     ]
     runs["cublas bf16"] = [lambda weight=weight: torch.nn.functional.linear(x, weight) for weight in dense]
     return runs, {}, {"lowbit": error}, n * k + 4 * n

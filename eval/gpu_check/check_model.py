@@ -13,16 +13,17 @@ from check_device import ROOT
 __all__ = ["bench_generate"]
 
 
-def bench_generate(weights: str, folder: Path, seconds: float) -> dict[str, Any]:
-    """Run it on a Llama-3-8B-shaped model and read what it found.
+def bench_generate(shape: str, weights: str, folder: Path, seconds: float) -> dict[str, Any]:
+    """Run it and read what it found.
 
     Args:
+        shape: ``llama-3-8b`` or ``tiny``.
         weights: ``bf16``, ``w4`` or ``w8``.
         folder: where ``generate-WEIGHTS.json`` goes.
         seconds: when to give up; the result then says so.
     """
     result = folder.resolve() / f"generate-{weights}.json"
-    command = [sys.executable, str(ROOT / "eval" / "bench_generate.py"), "--shape", "llama-3-8b"]
+    command = [sys.executable, str(ROOT / "eval" / "bench_generate.py"), "--shape", shape]
     command += ["--weights", weights, "--json", str(result)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)

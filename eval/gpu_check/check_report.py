@@ -131,7 +131,7 @@ def _summary(store: Store, checks: Sequence[Mapping[str, Any]], measured: Sequen
         f"sources {about['sources']}, {about['date']}",
         f"checks: {sum(bool(check['ok']) for check in checks)} of {len(checks)} passed",
     ]
-    for part in ("limits", "host", "cold", "sanitizer", "peers", "model"):
+    for part in ("limits", "host", "cold", "sanitizer", "peers", "model", "hung"):
         for record in store.records(part):
             lines.append(f"{part}: {record['case']}: {record['text']}")
     if measured:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +22,8 @@ from check_store import Store
 __all__ = ["OutOfTime", "Run", "plan"]
 
 DONE, FAILED, STOPPED = 0, 1, 3
+HUNG_S = 150
+"""Seconds after which a case has not merely to compile much."""
 
 
 class OutOfTime(Exception):
@@ -85,7 +90,7 @@ class Run:
             "model": self.model,
         }
         try:
-            if self.device.type == "cuda":
+            if self.device.type == "cuda" and not self.options.tiny:
                 self.warm()
             self.correct()
             for name in () if self.options.interpret else self.options.parts:
@@ -113,18 +118,20 @@ class Run:
 
         start = time.monotonic()
         work = [*work_of_checks(self.arch), *work_of_points(self.options.parts, self.arch, self.store.about["gpu"])]
-        jobs = jobs_of(work, self.arch)
+        jobs = jobs_of((item for item in work if item[1].family not in self.options.without), self.arch)
         self.say(f"{warm(jobs)} of {len(jobs)} kernels compiled ahead in {time.monotonic() - start:.0f} s")
 
     def correct(self) -> None:
         """The suite. All checks run, so that one failure does not hide another; any failure ends the run."""
         failed = []
-        for check in checks(self.device, self.arch, interpret=self.options.interpret):
+        tiny = self.options.tiny or self.options.interpret
+        for check in checks(self.device, self.arch, tiny=tiny, without=self.options.without):
             if self.store.has("correct", check.name) and self._passed(check.name):
                 continue
             self._in_time()
             try:
-                result = {"ok": True, "figure": check.run()}
+                with self._watched(check.name):
+                    result = {"ok": True, "figure": check.run()}
             except MemoryError as reason:
                 result = {"ok": True, "figure": f"not run: {reason}"}
             except Exception as error:  # whatever a kernel raises is a failed check
@@ -143,7 +150,7 @@ class Run:
         from check_time import chip_limits
 
         for case in self._cases("limits", "chip"):
-            found = chip_limits()
+            found = chip_limits(512 if self.options.tiny else 8192)
             text = (
                 f"copy {found['copy_bytes_per_s'] / 1e9:.0f} GB/s, bf16 {found['bf16_flops'] / 1e12:.0f} TFLOP/s, "
                 f"int8 {found['int8_ops'] / 1e12:.0f} TOP/s"
@@ -154,17 +161,20 @@ class Run:
         """One of w4a16, w8a16, w8a8."""
         from check_measure import measure, points
 
-        for point in points((mode,)):
+        for point in points((mode,), tiny=self.options.tiny):
             for case in self._cases(mode, point.case):
-                options = (self.arch, self.store.about["gpu"], self.options.peers, self.say)
-                self._keep(mode, case, partial(measure, point, *options))
+                contestants = (self.options.peers, self.options.without)
+                with self._watched(case):
+                    self._keep(
+                        mode, case, partial(measure, point, self.arch, self.store.about["gpu"], *contestants, self.say)
+                    )
 
     def cold(self) -> None:
         """Single calls of the 8B layer's linears at M = 1, L2 cold, launch included."""
-        from check_layers import LAYERS
+        from check_layers import LAYERS, TINY_LAYERS
         from check_time import cold_call
 
-        for linear in LAYERS["8b"]:
+        for linear in (TINY_LAYERS if self.options.tiny else LAYERS)["8b"]:
             for case in self._cases("cold", f"w4a16 8b {linear.name} M=1"):
                 packed = random_packed(linear.n, linear.k, 4, 128, torch.bfloat16, self.device)
                 x = torch.randn(1, linear.k, device=self.device).to(torch.bfloat16)
@@ -186,7 +196,7 @@ class Run:
             found = {
                 "call": host_seconds(ours),
                 "linear": host_seconds(linear),
-                "in_graph": GraphTimer([ours] * 100)(),
+                "in_graph": GraphTimer([ours] * (4 if self.options.tiny else 100))(),
             }
             text = (
                 f"{found['call'] * 1e6:.1f} us per call, torch's linear {found['linear'] * 1e6:.1f} us, "
@@ -200,7 +210,7 @@ class Run:
 
         for tool in ("memcheck", "racecheck"):
             for case in self._cases("sanitizer", tool):
-                self._keep("sanitizer", case, lambda tool=tool: {"text": sanitize(tool)})
+                self._keep("sanitizer", case, lambda tool=tool: {"text": sanitize(tool, self.options.without)})
 
     def model(self) -> None:
         """Tokens per second of a whole model, by eval/bench_generate.py in a process of its own."""
@@ -209,7 +219,8 @@ class Run:
         for weights in ("bf16", "w4", "w8"):
             for case in self._cases("model", weights):
                 left = self.deadline - time.monotonic()
-                self._keep("model", case, partial(bench_generate, weights, self.options.out, max(60.0, left)))
+                shape = "tiny" if self.options.tiny else "llama-3-8b"
+                self._keep("model", case, partial(bench_generate, shape, weights, self.options.out, max(60.0, left)))
 
     def _cases(self, part: str, case: str) -> Iterator[str]:
         """The case, unless it is done; raises OutOfTime when it is too late to begin it."""
@@ -224,6 +235,23 @@ class Run:
             traceback.print_exc()
             self.say(f"FAILED {part}, {case}: {type(error).__name__}: {error}")
             raise CaseFailed from error
+
+    @contextlib.contextmanager
+    def _watched(self, case: str) -> Iterator[None]:
+        """End the process when a case does not: a kernel that waits for ever cannot be interrupted otherwise."""
+        timer = threading.Timer(HUNG_S, self._hung, (case,))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _hung(self, case: str) -> None:
+        self.say(f"FAILED {case}: not finished in {HUNG_S} s")
+        self.store.add("hung", case, {"text": f"not finished in {HUNG_S} s"})
+        print(write_all(self.store, self.options.out), flush=True)
+        os._exit(FAILED)
 
     def _in_time(self) -> None:
         if time.monotonic() > self.deadline:

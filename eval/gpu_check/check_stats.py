@@ -57,13 +57,13 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def copies_for(weight_bytes: int, free_bytes: int) -> int:
-    """Distinct weights to rotate over: together more than COLD_BYTES, at least 2, as memory allows.
+def copies_for(weight_bytes: int, free_bytes: int, cold: int = COLD_BYTES) -> int:
+    """Distinct weights to rotate over: together more than ``cold`` bytes, at least 2, as memory allows.
 
     Raises:
         ValueError: not even two fit.
     """
-    wanted = max(2, COLD_BYTES // max(1, weight_bytes) + 1)
+    wanted = max(2, cold // max(1, weight_bytes) + 1)
     possible = free_bytes // max(1, weight_bytes)
     if possible < 2:
         raise ValueError(f"two weights of {weight_bytes} bytes do not fit in {free_bytes} free bytes")

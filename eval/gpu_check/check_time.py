@@ -84,10 +84,13 @@ def host_seconds(call: Callable[[], object], calls: int = 300, rounds: int = 5) 
     return statistics.median(seconds)
 
 
-def chip_limits() -> dict[str, float]:
-    """Bytes per second of a copy (read and written), bf16 FLOP/s and int8 OP/s of the libraries, on random data."""
-    bandwidth = _copy_bandwidth()
-    n = 8192
+def chip_limits(n: int = 8192) -> dict[str, float]:
+    """Bytes per second of a copy (read and written), bf16 FLOP/s and int8 OP/s of the libraries, on random data.
+
+    Args:
+        n: rows and columns of the matrices; the copy is of 64 of them, 4 GiB at 8192.
+    """
+    bandwidth = _copy_bandwidth(64 * n * n)
     a, b = (torch.randn(n, n, device="cuda").to(torch.bfloat16) for _ in range(2))
     bf16 = 2 * n**3 / _median_seconds(lambda: a @ b)
     limits = {"copy_bytes_per_s": bandwidth, "bf16_flops": bf16}
@@ -96,9 +99,9 @@ def chip_limits() -> dict[str, float]:
     return limits
 
 
-def _copy_bandwidth() -> float:
+def _copy_bandwidth(size: int) -> float:
     free = torch.cuda.mem_get_info()[0]
-    source = torch.randint(0, 256, (min(4 << 30, free // 4),), dtype=torch.uint8, device="cuda")
+    source = torch.randint(0, 256, (min(size, free // 4),), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / _median_seconds(lambda: target.copy_(source))
 

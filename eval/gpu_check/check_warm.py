@@ -1,7 +1,8 @@
 """Compiles what a run will need before it needs it, in several processes: Triton compiles one kernel per process.
 
-Each process launches kernels of the same constants and argument classes (Triton specialises on 1 and on multiples of
-16) on few weight rows, which fills Triton's cache on disk. What fails here is not judged: the run meets it again.
+Each process calls the matmuls with the same constants and argument classes (Triton specialises on 1 and on multiples of
+16) on few weight rows, with Triton told to compile and load what it would launch, and not to launch it: that fills its
+cache on disk, and nothing can wait for ever. What fails here is not judged: the run meets it again.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
 
 import torch
+from triton.runtime.jit import JITFunction
 
 from lowbit_kernels.tiles import Problem, Tile, fits
 
-__all__ = ["Job", "jobs_of", "warm"]
+__all__ = ["Job", "compile_only", "jobs_of", "warm"]
 
 WORKERS = 12
 ROWS = 64
@@ -43,27 +47,42 @@ def jobs_of(work: Iterable[tuple[Problem, Tile]], arch: int) -> list[Job]:
 
 
 def warm(jobs: Sequence[Job], workers: int | None = None) -> int:
-    """Run every job once, spread over processes; how many ran."""
+    """Compile for every job once, spread over processes; how many were. 0 when a process died."""
     workers = min(workers or WORKERS, max(1, (os.cpu_count() or 2) - 2), max(1, len(jobs)))
     if workers < 2:
         return 0
     shares = [list(jobs[first::workers]) for first in range(workers)]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        return sum(pool.map(_launch, shares))
+    try:
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            return sum(pool.map(_compile, shares))
+    except BrokenExecutor:
+        return 0
 
 
-def _launch(jobs: list[Job]) -> int:
+def compile_only() -> Any:
+    """A context in which a launch compiles and loads its kernel, and does nothing else."""
+    launch = JITFunction.run
+
+    def load(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        _ = kernel.run  # builds the launcher, too
+        return kernel
+
+    return mock.patch.object(JITFunction, "run", load)
+
+
+def _compile(jobs: list[Job]) -> int:
     from check_layers import random_packed
 
     device, done = torch.device("cuda"), 0
-    for job in jobs:
-        p = job.problem
-        packed = random_packed(p.n, p.k, p.bits, p.group_size, p.dtype, device, asymmetric=p.asymmetric)
-        try:
-            packed(torch.zeros(p.m, p.k, dtype=p.dtype, device=device), tile=job.tile)
-            torch.cuda.synchronize()
-            done += 1
-        except Exception:  # the run itself reports it, with the case it belongs to
-            continue
+    with compile_only():
+        for job in jobs:
+            p = job.problem
+            packed = random_packed(p.n, p.k, p.bits, p.group_size, p.dtype, device, asymmetric=p.asymmetric)
+            try:
+                packed(torch.zeros(p.m, p.k, dtype=p.dtype, device=device), tile=job.tile)
+                done += 1
+            except Exception:  # the run itself reports it, with the case it belongs to
+                continue
     return done

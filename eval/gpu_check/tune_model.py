@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from lowbit_kernels.tiles import Problem, Tile, cdiv, shared_bytes, shared_limit, step_columns
 
 __all__ = ["CHIPS", "Chip", "Prediction", "predict", "predict_dense", "predict_int8"]
@@ -140,7 +142,10 @@ def _predict_dequant(moved: float, problem: Problem, chip: Chip) -> Prediction:
     unpack = max(moved / chip.bandwidth, through_l2)
     waves = cdiv(m, 128) * cdiv(min(rows, n), 64) / chip.multiprocessors
     tensor = 2 * m * n * k / (chip.tflops * 1e12 * EFFICIENCY["dequant"]) * (math.ceil(waves) / waves)
-    return _prediction(unpack + max(tensor, through_l2) + 2 * chunks * LAUNCH, unpack, 0.0, tensor, moved)
+    seconds = unpack + max(tensor, through_l2) + 2 * chunks * LAUNCH
+    if problem.dtype == torch.bfloat16:  # through float16: x, and each chunk of the result while it is in the L2
+        seconds += 4 * m * k / chip.bandwidth + 4 * m * n / (L2_OVER_MEMORY * chip.bandwidth) + (2 + chunks) * LAUNCH
+    return _prediction(seconds, unpack, 0.0, tensor, moved)
 
 
 def _resident(tile: Tile, problem: Problem, chip: Chip) -> int:

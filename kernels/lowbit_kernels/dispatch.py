@@ -7,6 +7,9 @@ scripts/tune on that GPU, or ``"predicted"`` by a model (eval/gpu_check/tune_mod
      "chip": {"multiprocessors": 132, "bandwidth_gbs": 4300, "tflops": 790},
      "rows": [{"bits": 4, "group": null, "n": null, "k": null, "m": 16, "tile": ["triton", 16, 64, 0, 4, 4]}, ...]}
 
+W8A8 has ``"int8_rows": [{"n": 8192, "k": 8192, "m": 16, "tile": [16, 64, 256, 0, 4, 4]}, ...]`` in the same order where
+it was measured: block_m, block_n, block_k, split_k, num_warps, num_stages (int8_tiles.py, which has a rule besides).
+
 A row's null stands for any; ``m`` is the largest number of tokens that the row is for. Rows with the same bits, group,
 n and k are a *series*, in rising order of m, the last one for any m. A problem takes the series of the nearest shape
 and in it the first row with enough tokens. ``tile`` is family, block_m, block_n, split_k, num_warps, num_stages; a
@@ -18,14 +21,25 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from .tiles import FAMILIES, Problem, Tile, cdiv, fits, shared_bytes, shared_limit, step_columns, why_not
 
-__all__ = ["INVARIANT_TOKENS", "Row", "Table", "choose", "fill_split", "parse_table", "table_for", "tables"]
+__all__ = [
+    "INVARIANT_TOKENS",
+    "Int8Row",
+    "Row",
+    "Table",
+    "choose",
+    "fill_split",
+    "parse_table",
+    "shape_distance",
+    "table_for",
+    "tables",
+]
 
 INVARIANT_TOKENS = 16
 """The M whose tile runs every M in the batch-invariant mode: decoding is what the mode is for."""
@@ -35,6 +49,7 @@ FEWEST_STEPS = 4
 ANY_SHAPE = 2.0
 """Distance, in powers of two of n and k together, at which a series for any shape is nearer than a measured one."""
 _KEYS = {"version", "gpu", "arch", "source", "about", "chip", "rows"}
+_OPTIONAL = {"int8_rows"}
 
 
 @dataclass(frozen=True)
@@ -50,14 +65,25 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Int8Row:
+    """One line of a table's int8_rows; ``tile`` are the fields of an Int8Tile, split_k 0 where it is to be resolved."""
+
+    n: int | None
+    k: int | None
+    m: int | None
+    tile: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Table:
-    """One GPU's choices. ``series`` maps (bits, group, n, k) to its rows in order of m."""
+    """One GPU's choices. ``series`` maps (bits, group, n, k) to its rows in order of m, ``int8`` (n, k) to W8A8's."""
 
     gpu: str
     arch: int
     source: str
     multiprocessors: int
     series: Mapping[tuple[int, int | None, int | None, int | None], tuple[Row, ...]]
+    int8: Mapping[tuple[int | None, int | None], tuple[Int8Row, ...]] = field(default_factory=dict)
 
 
 def choose(problem: Problem, arch: int, *, gpu_name: str | None = None, batch_invariant: bool = False) -> Tile:
@@ -124,8 +150,8 @@ def parse_table(content: Any, name: str) -> Table:
         ValueError: a key is missing or unknown, a value is not what it should be, or a series does not end with a row
             for any m. ``name`` is the file's, for the message.
     """
-    if not isinstance(content, dict) or set(content) != _KEYS or content["version"] != 1:
-        raise ValueError(f"{name}: a table has exactly the keys {sorted(_KEYS)}, and version 1")
+    if not isinstance(content, dict) or set(content) - _OPTIONAL != _KEYS or content["version"] != 1:
+        raise ValueError(f"{name}: a table has exactly the keys {sorted(_KEYS)}, maybe int8_rows, and version 1")
     if content["source"] not in ("measured", "predicted") or not content["about"]:
         raise ValueError(
             f"{name}: source must be 'measured' or 'predicted', with an 'about', got {content['source']!r}"
@@ -136,18 +162,47 @@ def parse_table(content: Any, name: str) -> Table:
     series: dict[tuple[int, int | None, int | None, int | None], tuple[Row, ...]] = {}
     for number, line in enumerate(content["rows"]):
         row = _parse_row(line, f"{name}, row {number}")
-        key = (row.bits, row.group, row.n, row.k)
-        before = series.get(key, ())
-        if before and (before[-1].m is None or (row.m is not None and row.m <= before[-1].m)):
-            raise ValueError(f"{name}, row {number}: m must rise within a series, got {row.m} after {before[-1].m}")
-        series[key] = (*before, row)
-    for key, rows in series.items():
-        if rows[-1].m is not None:
-            raise ValueError(f"{name}: the series {key} ends at m = {rows[-1].m}; its last row must have m null")
+        _append(series, (row.bits, row.group, row.n, row.k), row, f"{name}, row {number}")
+    int8: dict[tuple[int | None, int | None], tuple[Int8Row, ...]] = {}
+    for number, line in enumerate(content.get("int8_rows", ())):
+        int8_row = _parse_int8_row(line, f"{name}, int8 row {number}")
+        _append(int8, (int8_row.n, int8_row.k), int8_row, f"{name}, int8 row {number}")
+    ends: list[tuple[Any, int | None]] = [(key, rows[-1].m) for key, rows in series.items()]
+    for key, end in [*ends, *((key, rows[-1].m) for key, rows in int8.items())]:
+        if end is not None:
+            raise ValueError(f"{name}: the series {key} ends at m = {end}; its last row must have m null")
     for bits in (2, 4, 8):
         if (bits, None, None, None) not in series:
             raise ValueError(f"{name}: no series for {bits} bits, any group and any shape")
-    return Table(content["gpu"], content["arch"], content["source"], multiprocessors, series)
+    return Table(content["gpu"], content["arch"], content["source"], multiprocessors, series, int8)
+
+
+def _append(series: dict[Any, tuple[Any, ...]], key: Any, row: Row | Int8Row, where: str) -> None:
+    before = series.get(key, ())
+    if before and (before[-1].m is None or (row.m is not None and row.m <= before[-1].m)):
+        raise ValueError(f"{where}: m must rise within a series, got {row.m} after {before[-1].m}")
+    series[key] = (*before, row)
+
+
+def _parse_int8_row(line: Any, where: str) -> Int8Row:
+    if not isinstance(line, dict) or set(line) != {"n", "k", "m", "tile"}:
+        raise ValueError(f"{where}: a row has exactly the keys n, k, m and tile, got {line!r}")
+    _check_sizes(line, where)
+    tile = line["tile"]
+    sizes = [*tile[:3], max(1, tile[3]), *tile[4:]] if isinstance(tile, list) and len(tile) == 6 else [None]
+    if not all(map(_natural, sizes)):
+        raise ValueError(
+            f"{where}: tile must be [block_m, block_n, block_k, split_k, num_warps, num_stages], positive integers "
+            f"(split_k may be 0), got {tile!r}"
+        )
+    return Int8Row(line["n"], line["k"], line["m"], tuple(tile))
+
+
+def _check_sizes(line: Mapping[str, Any], where: str) -> None:
+    if any(line[key] is not None and not _natural(line[key]) for key in ("n", "k", "m")):
+        raise ValueError(f"{where}: n, k and m must be positive integers or null, got {line!r}")
+    if (line["n"] is None) != (line["k"] is None):
+        raise ValueError(f"{where}: n and k must be given together, got {line!r}")
 
 
 def _parse_row(line: Any, where: str) -> Row:
@@ -155,10 +210,7 @@ def _parse_row(line: Any, where: str) -> Row:
         raise ValueError(f"{where}: a row has exactly the keys bits, group, n, k, m and tile, got {line!r}")
     if line["bits"] not in (2, 4, 8) or line["group"] not in (None, 32, 64, 128, -1):
         raise ValueError(f"{where}: bits must be 2, 4 or 8 and group 32, 64, 128, -1 or null, got {line!r}")
-    if any(line[key] is not None and not _natural(line[key]) for key in ("n", "k", "m")):
-        raise ValueError(f"{where}: n, k and m must be positive integers or null, got {line!r}")
-    if (line["n"] is None) != (line["k"] is None):
-        raise ValueError(f"{where}: n and k must be given together, got {line!r}")
+    _check_sizes(line, where)
     tile = line["tile"]
     if not isinstance(tile, list) or len(tile) != 6 or tile[0] not in FAMILIES:
         raise ValueError(
@@ -197,9 +249,14 @@ def _distance(key: tuple[int, int | None, int | None, int | None], problem: Prob
     """How far a series is from a problem: powers of two in n and k, and a little for another group size."""
     _, group, n, k = key
     other_group = 0.5 if group is None else 1.0 if group != problem.group_size else 0.0
+    return shape_distance(n, k, problem.n, problem.k) + other_group
+
+
+def shape_distance(n: int | None, k: int | None, problem_n: int, problem_k: int) -> float:
+    """Powers of two in n and k between a series' shape and a problem's; ANY_SHAPE for one that is for any."""
     if n is None or k is None:
-        return ANY_SHAPE + other_group
-    return abs(math.log2(n / max(1, problem.n))) + abs(math.log2(k / max(1, problem.k))) + other_group
+        return ANY_SHAPE
+    return abs(math.log2(n / max(1, problem_n))) + abs(math.log2(k / max(1, problem_k)))
 
 
 def _fitted(tile: Tile, same_shape: bool, problem: Problem, arch: int, multiprocessors: int, fused_only: bool) -> Tile:

@@ -3,21 +3,15 @@
 | tensor | shape                         | dtype               | order                                              |
 |--------|-------------------------------|---------------------|----------------------------------------------------|
 | x      | (M, K)                        | fp16, bf16          | contiguous, 16-byte aligned                        |
-| ends   | (E,)                          | int32               | contiguous; rows ends[e - 1] .. ends[e] are e's    |
+| ends   | (E,)                          | int32               | contiguous; grouped_routing.py                     |
 | tiles  | (E, ceil(N / 16), U, 16, 16)  | int32               | contiguous, 16-byte aligned; layout.py             |
 | scales | (E, G, N)                     | fp16, bf16, fp32    | contiguous                                         |
 | zeros  | (E, G, N)                     | uint8 or None       | contiguous                                         |
 | bias   | (E, N)                        | fp16, bf16, fp32 or None | contiguous                                    |
-| out    | (M, N)                        | as x                | contiguous; zeros from row ends[E - 1] on          |
+| out    | (M, N)                        | as x                | contiguous; zeros where no weight is an expert's   |
 
-M may be 0 and an expert may have no rows. ``ends`` stays on the device: nothing waits for it, so a CUDA graph can hold
-the launch and replay it with other ends. It is taken as not decreasing and within 0 .. M. Other values leave rows of
-out unset, but no memory outside of the tensors is touched.
-
-Which tokens a program has. Every expert's rows are cut into tiles of BLOCK_M, and the tiles of all experts numbered one
-after the other; the rows past the last expert's are one group more. There are at most ``(M + (BLOCK_M - 1) * min(E + 1,
-M)) / BLOCK_M`` tiles, and so many the grid has, whatever the ends are. A program counts the tiles of all experts itself
-(E numbers, one scan), which takes about as long as one step of the main loop; programs past the last tile do nothing.
+M may be 0 and an expert may have no rows. ``ends`` and ``slots`` (E,), by which experts of several kinds share the
+rows, are grouped_routing.py's; with slots the first axis of the weights is not E but their number S.
 
 Numerics and order of sums are weight_only.py's without ``split_k``, by the same code (product.py): exact integers, a
 fresh dot product per run of columns, fp32, one rounding, no atomics. Row i of the result depends on row i of x and its
@@ -36,9 +30,10 @@ from torch import Tensor
 from .cases import ARCHITECTURES, CompileCase
 from .checks import check_arguments
 from .epilogue import store_tile, tile_origin
-from .layout import unit_columns
+from .grouped_routing import check_routing, routing_constants, tile_of_rows, token_tiles
 from .operands import SUMS_LOADED
-from .product import run_sums_kernel, tile_product
+from .product import tile_product
+from .run_sums import loaded_sums
 from .tiles import Problem, Tile, cdiv, why_not
 from .weight_only import constants, device_arch, weight_only_reference
 from .weight_only_cases import compile_case
@@ -50,41 +45,23 @@ MIN_ARCH = 80
 
 
 @triton.jit
-def _expert_of_tile(
-    ends_ptr, tile, M, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr
-):  # fmt: skip
-    """(expert, first row of the tile, end of the expert's rows); expert EXPERTS: past the last one's, more: no tile."""
-    experts = tl.arange(0, BLOCK_E)
-    ends = tl.load(ends_ptr + experts, mask=experts < EXPERTS, other=2147483647)
-    begins = tl.load(ends_ptr + experts - 1, mask=(experts > 0) & (experts <= EXPERTS), other=0)
-    ends = tl.minimum(tl.maximum(ends, 0), M)
-    begins = tl.where(experts <= EXPERTS, tl.minimum(tl.maximum(begins, 0), M), M)
-    tiles = tl.maximum(ends - begins + (BLOCK_M - 1), 0) // BLOCK_M
-    through = tl.cumsum(tiles, 0)
-    before = through <= tile
-    expert = tl.sum(before.to(tl.int32), 0)
-    mine = experts == expert
-    begin = tl.sum(tl.where(mine, begins, 0), 0)
-    end = tl.sum(tl.where(mine, ends, 0), 0)
-    within = tile - tl.sum(tl.where(before, tiles, 0), 0)
-    return expert, (begin + within * BLOCK_M).to(tl.int64), end
-
-
-@triton.jit
 def grouped_kernel(
     x_ptr,  # (M, K)
     ends_ptr,  # (EXPERTS,) int32
-    tiles_ptr,  # (EXPERTS, ceil(N / 16), UNITS, 16, 16)
-    scales_ptr,  # (EXPERTS, G, N)
-    zeros_ptr,  # (EXPERTS, G, N), unused unless HAS_ZEROS
-    bias_ptr,  # (EXPERTS, N), unused unless HAS_BIAS
+    slots_ptr,  # (EXPERTS,) int32, unused unless HAS_SLOTS
+    tiles_ptr,  # (WEIGHTS, ceil(N / 16), UNITS, 16, 16)
+    scales_ptr,  # (WEIGHTS, G, N)
+    zeros_ptr,  # (WEIGHTS, G, N), unused unless HAS_ZEROS
+    bias_ptr,  # (WEIGHTS, N), unused unless HAS_BIAS
     out_ptr,  # (M, N)
     sums_ptr,  # (steps * RUNS, M) fp32, unused unless SUMS is SUMS_LOADED
     M,
     N,
     TOKEN_TILES,  # the grid has so many times ceil(N / BLOCK_N) programs
     EXPERTS: tl.constexpr,
-    BLOCK_E: tl.constexpr,  # a power of two above EXPERTS
+    WEIGHTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
     K: tl.constexpr,
     UNITS: tl.constexpr,
     BITS: tl.constexpr,
@@ -104,9 +81,12 @@ def grouped_kernel(
     """One (BLOCK_M, BLOCK_N) tile of out, of one expert, per program."""
     GROUPS: tl.constexpr = 1 if GROUP == -1 else K // GROUP
     place, row = tile_origin(tl.program_id(0), TOKEN_TILES * BLOCK_M, N, BLOCK_M, BLOCK_N)
-    expert, token, end = _expert_of_tile(ends_ptr, (place // BLOCK_M).to(tl.int32), M, EXPERTS, BLOCK_E, BLOCK_M)
-    if expert < EXPERTS:
-        e = expert.to(tl.int64)
+    index = (place // BLOCK_M).to(tl.int32)
+    weight, token, end = tile_of_rows(
+        ends_ptr, slots_ptr, index, M, EXPERTS, WEIGHTS, BLOCK_E, HAS_SLOTS, BLOCK_M
+    )  # fmt: skip
+    if weight >= 0:
+        e = weight.to(tl.int64)
         words = tiles_ptr + e * (tl.cdiv(N, 16) * (UNITS * 256)).to(tl.int64)
         scales, zeros = scales_ptr + e * N * GROUPS, zeros_ptr + e * N * GROUPS
         tokens_left = tl.minimum(end - token, BLOCK_M).to(tl.int32)
@@ -115,7 +95,7 @@ def grouped_kernel(
             GROUP, RUN, RAW, PTX, SUMS, HAS_ZEROS, BLOCK_M, BLOCK_N, SPLIT_K, FOR_MMA, STAGES,
         )  # fmt: skip
         store_tile(acc, bias_ptr + e * N, out_ptr, token, row, end, N, HAS_BIAS)
-    elif expert == EXPERTS:
+    elif weight == -1:
         nothing = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         store_tile(nothing, bias_ptr, out_ptr, token, row, end, N, False)
 
@@ -130,15 +110,18 @@ def grouped_reference(
     *,
     bits: int,
     group_size: int,
+    slots: Tensor | None = None,
 ) -> Tensor:
     """The formula in plain torch, in float64, from the same tensors: ``out (M, N)`` float64."""
     out = torch.zeros(x.shape[0], scales.shape[2], dtype=torch.float64, device=x.device)
     begin = 0
-    for e, end in enumerate(ends.tolist()):
-        one = [None if tensor is None else tensor[e] for tensor in (zeros, bias)]
-        out[begin:end] = weight_only_reference(
-            x[begin:end], tiles[e], scales[e], *one, bits=bits, group_size=group_size
-        )
+    weights = range(len(ends)) if slots is None else slots.tolist()
+    for e, end in zip(weights, ends.tolist(), strict=True):
+        if e >= 0:
+            one = [None if tensor is None else tensor[e] for tensor in (zeros, bias)]
+            out[begin:end] = weight_only_reference(
+                x[begin:end], tiles[e], scales[e], *one, bits=bits, group_size=group_size
+            )
         begin = end
     return out
 
@@ -162,11 +145,6 @@ def grouped_tile(problem: Problem, experts: int, arch: int, *, batch_invariant: 
     return next((tile for tile in candidates if why_not(tile, problem, arch) is None), wanted)
 
 
-def token_tiles(rows: int, experts: int, block_m: int) -> int:
-    """Tiles of ``block_m`` rows at most, however the rows are spread over the experts and the group of nobody's."""
-    return (rows + (block_m - 1) * min(experts + 1, rows)) // block_m
-
-
 def grouped_matmul(
     x: Tensor,
     ends: Tensor,
@@ -178,6 +156,7 @@ def grouped_matmul(
     bits: int,
     group_size: int,
     n: int,
+    slots: Tensor | None = None,
     tile: Tile | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
@@ -187,6 +166,7 @@ def grouped_matmul(
         bits: 2, 4 or 8.
         group_size: 32, 64, 128, or -1 for the whole row.
         n: rows of each weight: those of ``tiles`` are padded.
+        slots: ``(E,)`` int32, where not every expert has a weight here.
         tile: of the ``triton`` family, without split_k; None takes :func:`grouped_tile`'s.
         batch_invariant: choose the tile without regard to M.
 
@@ -199,58 +179,62 @@ def grouped_matmul(
     """
     problem = Problem(x.shape[0], n, x.shape[-1], bits, group_size, x.dtype, zeros is not None)
     arch = device_arch(x.device)
-    _check(x, ends, tiles, scales, zeros, bias, problem, arch)
-    experts = ends.shape[0]
+    _check(x, ends, slots, tiles, scales, zeros, bias, problem, arch)
     if tile is None:
-        tile = grouped_tile(problem, experts, arch, batch_invariant=batch_invariant)
+        tile = grouped_tile(problem, ends.shape[0], arch, batch_invariant=batch_invariant)
     reason = why_not(tile, problem, arch)
     if reason is None and (tile.family != "triton" or tile.split_k != 1):
         reason = "experts share the grid: family triton and split_k 1"
     if reason is not None:
         raise ValueError(f"{tile} cannot run {problem} on sm_{arch}: {reason}")
-    m, k = problem.m, problem.k
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    if m == 0:
-        return out
-    interpreted = bool(triton.knobs.runtime.interpret)
-    constexprs = constants(problem, tile, arch, has_bias=bias is not None, interpreted=interpreted)
-    rows = token_tiles(m, experts, tile.block_m)
-    sums = scales  # an argument that the kernel does not read
-    with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be x's
-        if constexprs["SUMS"] == SUMS_LOADED:
-            run = constexprs["RUN"]
-            columns = unit_columns(bits)
-            runs = cdiv(k, columns) * columns // run  # the kernel reads whole steps
-            sums = torch.empty(runs, m, dtype=torch.float32, device=x.device)
-            run_sums_kernel[(m, cdiv(runs, 32))](x, sums, M=m, K=k, RUN=run, RUNS=runs, BLOCK=32, num_warps=4)
-        grouped_kernel[(rows * cdiv(n, tile.block_n), 1)](
-            x,
-            ends,
-            tiles,
-            scales,
-            scales if zeros is None else zeros,
-            scales if bias is None else bias,
-            out,
-            sums,
-            M=m,
-            N=n,
-            TOKEN_TILES=rows,
-            EXPERTS=experts,
-            BLOCK_E=_block_e(experts),
-            **constexprs,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+    out = torch.empty(problem.m, n, dtype=x.dtype, device=x.device)
+    if problem.m:
+        with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be x's
+            _launch(x, ends, slots, tiles, scales, zeros, bias, out, problem, tile, arch)
     return out
 
 
-def _block_e(experts: int) -> int:
-    return 1 << experts.bit_length()  # above experts: one place more, for the rows that are nobody's
+def _launch(
+    x: Tensor,
+    ends: Tensor,
+    slots: Tensor | None,
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    problem: Problem,
+    tile: Tile,
+    arch: int,
+) -> None:
+    interpreted = bool(triton.knobs.runtime.interpret)
+    constexprs = constants(problem, tile, arch, has_bias=bias is not None, interpreted=interpreted)
+    rows = token_tiles(problem.m, len(ends), tile.block_m)
+    sums = loaded_sums(x, problem.bits, constexprs["RUN"]) if constexprs["SUMS"] == SUMS_LOADED else scales
+    grouped_kernel[(rows * cdiv(problem.n, tile.block_n), 1)](
+        x,
+        ends,
+        ends if slots is None else slots,  # here and below: an argument that the kernel does not read
+        tiles,
+        scales,
+        scales if zeros is None else zeros,
+        scales if bias is None else bias,
+        out,
+        sums,
+        M=problem.m,
+        N=problem.n,
+        TOKEN_TILES=rows,
+        **routing_constants(len(ends), len(tiles), slots is not None),
+        **constexprs,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
 
 
 def _check(
     x: Tensor,
     ends: Tensor,
+    slots: Tensor | None,
     tiles: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
@@ -260,17 +244,7 @@ def _check(
 ) -> None:
     if arch < MIN_ARCH:
         raise ValueError(f"the grouped kernel needs sm_{MIN_ARCH} or newer, got sm_{arch}")
-    if ends.ndim != 1 or not len(ends) or ends.dtype != torch.int32 or ends.device != x.device:
-        raise ValueError(
-            f"ends must be (E,) int32 on {x.device} with E at least 1, "
-            f"got {tuple(ends.shape)} {ends.dtype} on {ends.device}"
-        )
-    for name, tensor in {"tiles": tiles, "scales": scales, "zeros": zeros, "bias": bias, "ends": ends}.items():
-        if tensor is not None and (tensor.ndim == 0 or tensor.shape[0] != len(ends) or not tensor.is_contiguous()):
-            raise ValueError(
-                f"{name} must be contiguous and hold the {len(ends)} experts of ends, "
-                f"got {tuple(tensor.shape)} with strides {tensor.stride()}"
-            )
+    check_routing(x, ends, slots, {"tiles": tiles, "scales": scales, "zeros": zeros, "bias": bias})
     zero, offset = (None if tensor is None else tensor[0] for tensor in (zeros, bias))
     check_arguments(x, tiles[0], scales[0], zero, offset, problem, arch)
 
@@ -286,17 +260,18 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for tile, (bits, group, dtype, asymmetric), archs in shapes:
         case = compile_case(tile, Problem(4 * tile.block_m, 4096, 8192, bits, group, dtype, asymmetric), archs)
-        signature = {"x_ptr": case.signature["x_ptr"], "ends_ptr": "*i32", **case.signature}
+        routing = {"ends_ptr": "*i32", "slots_ptr": "*i32"}
+        signature = {"x_ptr": case.signature["x_ptr"], **routing, **case.signature}
         signature = {name: kind for name, kind in signature.items() if name not in ("partials_ptr", "counters_ptr")}
         signature = {name: kind for name, kind in signature.items() if kind != "constexpr"} | {"TOKEN_TILES": "i32"}
-        constexprs = {"EXPERTS": 128, "BLOCK_E": _block_e(128), **case.constexprs}
+        constexprs = {**routing_constants(128, 120 if asymmetric else 128, asymmetric), **case.constexprs}
         cases.append(
             replace(
                 case,
                 kernel=grouped_kernel,
                 signature=signature | dict.fromkeys(constexprs, "constexpr"),
                 constexprs=constexprs,
-                divisible=("ends_ptr", *(name for name in case.divisible if name in signature)),
+                divisible=(*routing, *(name for name in case.divisible if name in signature)),
                 kind="grouped",
             )
         )

@@ -101,6 +101,10 @@ def gluon_why_not(tile: Tile, problem: Problem) -> str | None:
         return f"block_m must be 16, 32, 64 or 128 and num_warps 4 or 8, got {tile.block_m} and {tile.num_warps}"
     if tile.block_n % (16 * tile.num_warps) or reps(tile) not in (1, 2, 4) or tile.block_n > 256:
         return f"block_n must be 64, 128 or 256 rows and at least 16 per warp, got {tile.block_n} for {tile.num_warps}"
+    if problem.asymmetric and problem.group_size != -1 and tile.block_n < 128:
+        return (
+            f"zeros of {tile.block_n} rows: the copy engine wants its boxes in shared memory at multiples of 128 bytes"
+        )
     limit = ACCUMULATORS // 2 if problem.group_size in (32, 64) else ACCUMULATORS
     if tile.block_m * reps(tile) > limit:
         return f"block_m * block_n / num_warps must be at most {16 * limit} (registers), got tile {tile}"

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from .cases import ARCHITECTURES, CompileCase
 from .epilogue import last_to_arrive, store_tile, tile_origin, workspace
+from .int8_product import int8_product, scaled
 from .int8_quantize import quantize_activations
 from .int8_tiles import TILES, Int8Tile, largest_k, pick_tile, shared_bytes, why_not
 from .tiles import cdiv
@@ -60,19 +61,6 @@ def _sum_of_partials(
 
 
 @triton.jit
-def _scaled(
-    total, x_scale_ptr, w_scale_ptr, zero_ptr, sums_ptr, token, row, M, N, HAS_ZEROS: tl.constexpr
-):  # fmt: skip
-    """Sums (BLOCK_N, BLOCK_M) int32 -> the products that they stand for, fp32. What is past M or N is not stored."""
-    rows = tl.minimum(row + tl.arange(0, total.shape[0]), N - 1)
-    tokens = tl.minimum(token + tl.arange(0, total.shape[1]), M - 1)
-    if HAS_ZEROS:
-        total -= tl.load(zero_ptr + rows).to(tl.int32)[:, None] * tl.load(sums_ptr + tokens)[None, :]
-    by_token = total.to(tl.float32) * tl.load(x_scale_ptr + tokens)[None, :]
-    return by_token * tl.load(w_scale_ptr + rows).to(tl.float32)[:, None]
-
-
-@triton.jit
 def _int8_matmul_kernel(
     x_ptr,  # (M, K)
     w_ptr,  # (N, K)
@@ -96,34 +84,15 @@ def _int8_matmul_kernel(
     STAGES: tl.constexpr,
 ):
     """Columns [split] of one (BLOCK_M, BLOCK_N) tile of out per program."""
-    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    MINE: tl.constexpr = (STEPS + SPLIT_K - 1) // SPLIT_K
     tile, split = tl.program_id(0), tl.program_id(1)
     token, row = tile_origin(tile, M, N, BLOCK_M, BLOCK_N)
-    columns = tl.arange(0, BLOCK_K)
-    rows = tl.minimum(row + tl.arange(0, BLOCK_N), N - 1)
-    tokens = tl.minimum(token + tl.arange(0, BLOCK_M), M - 1)
-    begin = split * MINE
-    w_ptrs = w_ptr + (rows * K)[:, None] + columns[None, :] + begin.to(tl.int64) * BLOCK_K
-    x_ptrs = x_ptr + (tokens * K)[None, :] + columns[:, None] + begin.to(tl.int64) * BLOCK_K
-    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
-    for step in tl.range(begin, tl.minimum(begin + MINE, STEPS), num_stages=STAGES):
-        if K % BLOCK_K == 0:
-            w, x = tl.load(w_ptrs), tl.load(x_ptrs)
-        else:
-            left = K - step * BLOCK_K
-            w = tl.load(w_ptrs, mask=(columns < left)[None, :], other=0)
-            x = tl.load(x_ptrs, mask=(columns < left)[:, None], other=0)
-        acc = tl.dot(w, x, acc, out_dtype=tl.int32)
-        w_ptrs += BLOCK_K
-        x_ptrs += BLOCK_K
-
+    acc = int8_product(x_ptr, w_ptr, token, row, M, split, N, K, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, STAGES)
     if SPLIT_K == 1:
-        out = _scaled(acc, x_scale_ptr, w_scale_ptr, zero_ptr, sums_ptr, token, row, M, N, HAS_ZEROS)
+        out = scaled(acc, x_scale_ptr, w_scale_ptr, zero_ptr, sums_ptr, token, row, M, N, HAS_ZEROS)
         store_tile(out, bias_ptr, out_ptr, token, row, M, N, HAS_BIAS)
     elif last_to_arrive(acc, partials_ptr, counters_ptr, tile, split, SPLIT_K):
         total = _sum_of_partials(partials_ptr, counters_ptr, tile, SPLIT_K, BLOCK_N, BLOCK_M)
-        out = _scaled(total, x_scale_ptr, w_scale_ptr, zero_ptr, sums_ptr, token, row, M, N, HAS_ZEROS)
+        out = scaled(total, x_scale_ptr, w_scale_ptr, zero_ptr, sums_ptr, token, row, M, N, HAS_ZEROS)
         store_tile(out, bias_ptr, out_ptr, token, row, M, N, HAS_BIAS)
 
 
@@ -165,7 +134,7 @@ def int8_matmul(
             stride contradicts the table, K is so long that int32 could overflow, the GPU is too old, or the requested
             tile does not fit.
     """
-    _check(x_q, x_scale, w_q, w_scale, bias, w_zero, row_sums, out_dtype)
+    check_int8(x_q, x_scale, w_q, w_scale, bias, w_zero, row_sums, out_dtype)
     (m, k), n, arch = x_q.shape, w_q.shape[0], device_arch(x_q.device)
     if tile is None:
         tile = pick_tile(m, n, k, arch, gpu_name(x_q.device))
@@ -193,7 +162,7 @@ def int8_matmul(
             counters,
             M=m,
             N=n,
-            **_constants(k, tile, w_zero is not None, bias is not None),
+            **int8_constants(k, tile, w_zero is not None, bias is not None),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
@@ -226,7 +195,8 @@ def gpu_name(device: torch.device) -> str | None:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
-def _constants(k: int, tile: Int8Tile, has_zeros: bool, has_bias: bool) -> dict[str, Any]:
+def int8_constants(k: int, tile: Int8Tile, has_zeros: bool, has_bias: bool) -> dict[str, Any]:
+    """Constexpr arguments of the kernel: the same for a launch and for compiling ahead of one."""
     return {
         "K": k,
         "HAS_ZEROS": has_zeros,
@@ -239,7 +209,7 @@ def _constants(k: int, tile: Int8Tile, has_zeros: bool, has_bias: bool) -> dict[
     }
 
 
-def _check(
+def check_int8(
     x_q: Tensor,
     x_scale: Tensor,
     w_q: Tensor,
@@ -249,6 +219,7 @@ def _check(
     row_sums: Tensor | None,
     out_dtype: torch.dtype,
 ) -> None:
+    """Compare with the module's table. ValueError names the first contradiction."""
     if x_q.ndim != 2 or w_q.ndim != 2:
         raise ValueError(f"x_q must be (M, K) and w_q (N, K), got {tuple(x_q.shape)} and {tuple(w_q.shape)}")
     (m, k), n = x_q.shape, w_q.shape[0]
@@ -288,14 +259,16 @@ def _check_tensor(
 def compile_cases() -> list[CompileCase]:
     """Every tile once, alone and shared, and for one of them each kind of weight and result."""
     few, many = TILES[0], TILES[-1]
-    cases = [_case(tile, "bf16", 1, False) for tile in TILES]
-    cases += [_case(few, "bf16", 4, False), _case(few, "fp16", 4, True), _case(many, "fp16", 1, True)]
+    cases = [compile_case(tile, "bf16", 1, False) for tile in TILES]
+    cases += [compile_case(few, "bf16", 4, False), compile_case(few, "fp16", 4, True)]
+    cases += [compile_case(many, "fp16", 1, True)]
     return cases
 
 
-def _case(tile: Int8Tile, name: str, split_k: int, asymmetric: bool) -> CompileCase:
+def compile_case(tile: Int8Tile, name: str, split_k: int, asymmetric: bool) -> CompileCase:
+    """A compilation of this file's kernel, for all that may run it; grouped_int8.py changes what is different there."""
     tile = replace(tile, split_k=split_k)
-    constexprs = _constants(4096, tile, asymmetric, True)
+    constexprs = int8_constants(4096, tile, asymmetric, True)
     pointers = {
         "x_ptr": "i8",
         "w_ptr": "i8",

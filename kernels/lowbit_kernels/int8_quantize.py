@@ -3,7 +3,7 @@
 | tensor   | shape  | dtype            | order                                                     |
 |----------|--------|------------------|-----------------------------------------------------------|
 | x        | (M, K) | fp16, bf16, fp32 | contiguous                                                |
-| static   | 1 element | fp16, bf16, fp32 or None | the per-tensor scale; None: per token            |
+| static   | 1 element or (M,) | fp16, bf16, fp32 or None | one scale for all tokens, or one given for each |
 | x_q      | (M, K) | int8             | contiguous                                                |
 | x_scale  | (M,)   | fp32             | contiguous                                                |
 | row_sums | (M,)   | int32, or None   | sum of x_q over k, for weights with a zero                |
@@ -55,13 +55,14 @@ def _load_row(x_ptr, columns, K: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _quantize_kernel(
     x_ptr,  # (M, K)
-    static_ptr,  # one element, unused unless STATIC
+    static_ptr,  # one element, or (M,) with PER_TOKEN; unused unless STATIC
     q_ptr,  # (M, K)
     scale_ptr,  # (M,)
     sums_ptr,  # (M,), unused unless HAS_SUMS
     K: tl.constexpr,
     BLOCK: tl.constexpr,
     STATIC: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
     HAS_SUMS: tl.constexpr,
 ):
     """One token per program."""
@@ -72,6 +73,8 @@ def _quantize_kernel(
     lanes = tl.arange(0, BLOCK)
     kept = _load_row(x_ptr, lanes, K, BLOCK)
     if STATIC:
+        if PER_TOKEN:
+            static_ptr += row
         given = tl.load(static_ptr).to(tl.float32)
         valid = (given > 0.0) & (given < INFINITY)
         inverse = tl.where(valid, tl.div_rn(1.0, tl.where(valid, given, 1.0)), 0.0)
@@ -121,9 +124,9 @@ def quantize_activations_reference(x: Tensor, static: Tensor | None = None) -> t
         scale = torch.where(valid, top / most, torch.nan)
         scaled = torch.where(finite, wide, 0.0) * inverse[:, None]
     else:
-        given = static.float().reshape(1)
+        given = static.float().reshape(-1)
         valid = (given > 0) & given.isfinite()
-        inverse = torch.where(valid, given.reciprocal(), 0.0)
+        inverse = torch.where(valid, given.reciprocal(), 0.0)[:, None]
         numbers = ~wide.isnan().any(1) & valid
         scale = torch.where(numbers, given, torch.nan)
         scaled = (torch.where(wide.isnan(), 0.0, wide) * inverse).nan_to_num(0.0, torch.inf, -torch.inf)
@@ -137,13 +140,13 @@ def quantize_activations(
     """``(x_q, x_scale, row_sums or None)`` for activations x (M, K); see the module's table.
 
     Args:
-        static: the per-tensor scale, one element on x's device (it is read on the device: nothing waits); None: one
-            scale per token.
+        static: the per-tensor scale, one element on x's device (it is read on the device: nothing waits), or (M,) given
+            scales, where tokens go to different layers; None: one scale per token, of its own numbers.
         sums: whether to compute row_sums.
 
     Raises:
         ValueError: x is not a contiguous (M, K) of at least one column on a CUDA device (or on the CPU under
-            ``TRITON_INTERPRET=1``), or static is not one element beside it.
+            ``TRITON_INTERPRET=1``), or static is neither one element nor (M,) beside it.
     """
     interpreted = bool(triton.knobs.runtime.interpret)
     floats = (torch.float16, torch.bfloat16, torch.float32)
@@ -153,9 +156,10 @@ def quantize_activations(
         )
     if not interpreted and x.device.type != "cuda":
         raise ValueError(f"the kernels need tensors on a CUDA device, got x on {x.device}")
-    if static is not None and (static.numel() != 1 or static.dtype not in floats or static.device != x.device):
+    fits = static is None or static.numel() == 1 or static.shape == x.shape[:1]
+    if static is not None and (not fits or static.dtype not in floats or static.device != x.device):
         raise ValueError(
-            f"static must be one element in one of {floats} on {x.device}, "
+            f"static must be one element or (M,) in one of {floats} on {x.device}, "
             f"got {tuple(static.shape)} {static.dtype} on {static.device}"
         )
     m, k = x.shape
@@ -167,18 +171,18 @@ def quantize_activations(
     with torch.cuda.device_of(x):
         _quantize_kernel[(m,)](
             x,
-            x if static is None else static,
+            x if static is None else static.contiguous(),
             x_q,
             x_scale,
             x_scale if row_sums is None else row_sums,
-            **_constants(k, static is not None, sums),
+            **_constants(k, static is not None, sums, per_token=static is not None and static.numel() > 1),
             **_options(k),
         )
     return x_q, x_scale, row_sums
 
 
-def _constants(k: int, static: bool, sums: bool) -> dict[str, int | bool]:
-    return {"K": k, "BLOCK": _block(k), "STATIC": static, "HAS_SUMS": sums}
+def _constants(k: int, static: bool, sums: bool, *, per_token: bool = False) -> dict[str, int | bool]:
+    return {"K": k, "BLOCK": _block(k), "STATIC": static, "PER_TOKEN": per_token, "HAS_SUMS": sums}
 
 
 def _block(k: int) -> int:
@@ -191,18 +195,19 @@ def _options(k: int) -> dict[str, int | bool]:
 
 
 def compile_cases() -> list[CompileCase]:
-    """Short and long tokens, dynamic and static."""
+    """Short and long tokens; dynamic, static, and static with a scale given for each token."""
     cases = []
-    for k, static, sums, dtype in (
-        (4096, False, False, "bf16"),
-        (28672, False, True, "fp16"),
-        (14336, True, True, "bf16"),
+    for k, static, sums, dtype, per_token in (
+        (4096, False, False, "bf16", False),
+        (28672, False, True, "fp16", False),
+        (14336, True, True, "bf16", False),
+        (2048, True, False, "bf16", True),
     ):
-        constexprs = _constants(k, static, sums)
+        constexprs = _constants(k, static, sums, per_token=per_token)
         pointers = {"x_ptr": dtype, "static_ptr": dtype, "q_ptr": "i8", "scale_ptr": "fp32", "sums_ptr": "i32"}
         cases.append(
             CompileCase(
-                name=f"{dtype} k{k} {'static' if static else 'dynamic'}",
+                name=f"{dtype} k{k} {'static' if static else 'dynamic'}{' per token' if per_token else ''}",
                 kernel=_quantize_kernel,
                 signature={name: f"*{kind}" for name, kind in pointers.items()}
                 | dict.fromkeys(constexprs, "constexpr"),

@@ -1,6 +1,7 @@
 """Tiles of the int8 matmul: which ones there are, when one may run, and which one runs. Pure functions.
 
-No GPU has measured these choices; they follow from bytes in flight, registers and shared memory (kernels/README.md).
+A GPU's table (dispatch.py) has the choices that ``scripts/tune`` measured there. Where it has none, as all that are
+shipped today, a rule chooses, from bytes in flight, registers and shared memory (kernels/README.md).
 """
 
 from __future__ import annotations
@@ -8,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from .dispatch import table_for
+from .dispatch import Int8Row, shape_distance, table_for
 from .tiles import MAX_SPLIT_TILES, MIN_ARCH, cdiv, shared_limit
 
-__all__ = ["TILES", "Int8Tile", "largest_k", "pick_tile", "shared_bytes", "why_not"]
+__all__ = ["TILES", "Int8Tile", "fill_split", "fitting", "largest_k", "pick_tile", "shared_bytes", "why_not"]
 
 MOST_SPLITS = 16
 FEWEST_STEPS = 4
@@ -88,26 +89,51 @@ def why_not(tile: Int8Tile, m: int, n: int, k: int, arch: int) -> str | None:
 def pick_tile(m: int, n: int, k: int, arch: int, gpu_name: str | None = None) -> Int8Tile:
     """The tile to run with; the same arguments always give the same tile, and it always fits.
 
-    The narrowest tile that holds all tokens, so that a weight is read once; from 129 tokens on the widest that leaves
-    no multiprocessor idle. Programs that are fewer than the multiprocessors share columns.
+    What the GPU's table has for the nearest shape, if that fits. Otherwise the narrowest tile that holds all tokens, so
+    that a weight is read once; from 129 tokens on the widest that leaves no multiprocessor idle. Programs that are
+    fewer than the multiprocessors share columns.
 
     Raises:
         ValueError: the architecture has no int8 tensor cores that Triton supports.
     """
     if arch < MIN_ARCH:
         raise ValueError(why_not(TILES[0], m, n, k, arch))
-    multiprocessors = table_for(arch, gpu_name).multiprocessors
-    allowed = [tile for tile in (_fitted(tile, arch) for tile in TILES) if tile is not None]
+    table = table_for(arch, gpu_name)
+    multiprocessors = table.multiprocessors
+    if table.int8:
+        key = min(table.int8, key=lambda key: (shape_distance(key[0], key[1], n, k), repr(key)))
+        measured = _measured(table.int8[key], key == (n, k), m, n, k, multiprocessors)
+        if why_not(measured, m, n, k, arch) is None:
+            return measured
+    allowed = fitting(arch)
     tile = next((tile for tile in allowed if tile.block_m >= m), None)
     if tile is None or m > 128:
         wide = [t for t in allowed if t.block_m >= 64]
         busy = [t for t in wide if cdiv(m, t.block_m) * cdiv(n, t.block_n) >= multiprocessors]
         tile = max(busy, key=_area) if busy else min(wide, key=_area)
+    return replace(tile, split_k=fill_split(tile, m, n, k, multiprocessors))
+
+
+def _measured(rows: tuple[Int8Row, ...], same_shape: bool, m: int, n: int, k: int, multiprocessors: int) -> Int8Tile:
+    """The tile of the first row with enough tokens; its split_k is kept only for the shape that it was measured at."""
+    row = next(row for row in rows if row.m is None or m <= row.m)
+    tile = Int8Tile(*row.tile)
+    if same_shape and tile.split_k:
+        return tile
+    return replace(tile, split_k=fill_split(tile, m, n, k, multiprocessors))
+
+
+def fill_split(tile: Int8Tile, m: int, n: int, k: int, multiprocessors: int) -> int:
+    """Programs per output tile, so that there are about two per multiprocessor and each has FEWEST_STEPS steps."""
     programs = max(1, cdiv(m, tile.block_m) * cdiv(n, tile.block_n))
     if programs > MAX_SPLIT_TILES:
-        return tile
-    split = min(2 * multiprocessors // programs, cdiv(k, tile.block_k) // FEWEST_STEPS, MOST_SPLITS)
-    return replace(tile, split_k=max(1, split))
+        return 1
+    return max(1, min(2 * multiprocessors // programs, cdiv(k, tile.block_k) // FEWEST_STEPS, MOST_SPLITS))
+
+
+def fitting(arch: int) -> list[Int8Tile]:
+    """``TILES`` with as many stages as the shared memory of ``arch`` holds, without those that keep less than three."""
+    return [tile for tile in (_fitted(tile, arch) for tile in TILES) if tile is not None]
 
 
 def _area(tile: Int8Tile) -> int:

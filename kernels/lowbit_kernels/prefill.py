@@ -4,9 +4,11 @@ Tensors are those of weight_only.py. A chunk is as many rows as fill CHUNK_BYTES
 weights are written to and read from the second-level cache (50 MB on an H100) and memory sees the packed ones only.
 Every chunk's product goes straight to its columns of the result.
 
-Numerics: each weight ``(code - zero) * scale`` is computed in fp32 and rounded once to x's dtype, which the fused
-families do not do; sums are cuBLAS's, in fp32; the bias is added by cuBLAS before the rounding of the result. The
-rounding of weights adds about as much error as that of the result, so expect sqrt(2) of a fused family's.
+Numerics: each weight ``(code - zero) * scale`` is computed in fp32 and rounded once to float16, which the fused
+families do not do; sums are cuBLAS's, in fp32. With fp16 activations cuBLAS adds the bias before it rounds the result,
+and the rounding of weights adds about as much error as that of the result: expect sqrt(2) of a fused family's. With
+bf16 ones they and the weights go through powers of two to float16 and the result comes back (halves.py): in bf16 itself
+the weights' rounding would be eight times as coarse, and the sum of both 2.1e-3 to 2.4e-3 instead of 1.7e-3.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .cases import CompileCase
+from .halves import narrow_tokens, row_factors, widen
 from .layout import tiles_shape, unit_columns
 from .operands import of_run, step_scales, word_offsets
 from .tiles import Problem, cdiv, run_columns
@@ -34,6 +37,7 @@ def _dequantize_kernel(
     tiles_ptr,  # (ceil(N / 16), UNITS, 16, 16)
     scales_ptr,  # (G, N)
     zeros_ptr,  # (G, N), unused unless HAS_ZEROS
+    factors_ptr,  # (N,) fp32, unused unless HAS_FACTORS
     out_ptr,  # (rows, K)
     N,
     first_row,
@@ -46,9 +50,10 @@ def _dequantize_kernel(
     RAW: tl.constexpr,
     PTX: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """BLOCK_N rows of one unit's columns, from first_row on: ``(code - zero) * scale``, rounded once."""
+    """BLOCK_N rows of one unit's columns, from first_row on: ``(code - zero) * scale * factor``, rounded once."""
     COLUMNS: tl.constexpr = 512 // BITS
     RUNS: tl.constexpr = COLUMNS // RUN
     SCALES: tl.constexpr = 1 if GROUP == -1 else RUNS
@@ -63,11 +68,15 @@ def _dequantize_kernel(
     if HAS_ZEROS:
         zeros = step_scales(zeros_ptr, unit, N, first_row + row, LAST, GROUP, RUN, SCALES, BLOCK_N)
     mine = row + tl.arange(0, BLOCK_N)
+    if HAS_FACTORS:
+        factors = tl.load(factors_ptr + tl.minimum(first_row + mine, N - 1))
     for run in tl.static_range(RUNS):
         values = unpack_columns(words, run * (RUN // 32), RUN // 32, BITS, DTYPE, RAW, PTX, False).to(tl.float32)
         if HAS_ZEROS:
             values -= (of_run(zeros, run if SCALES > 1 else 0, SCALES) - MIDDLE)[:, None]
         values *= of_run(scales, run if SCALES > 1 else 0, SCALES)[:, None]
+        if HAS_FACTORS:
+            values *= factors[:, None]
         columns = unit * COLUMNS + run * RUN + tl.arange(0, RUN)
         ptrs = out_ptr + mine[:, None] * K + columns[None, :]
         tl.store(ptrs, values.to(DTYPE), mask=(mine < rows)[:, None] & (columns < K)[None, :])
@@ -81,20 +90,33 @@ def chunk_rows(n: int, k: int, itemsize: int = 2) -> int:
 
 
 def dequantize_rows(
-    out: Tensor, tiles: Tensor, scales: Tensor, zeros: Tensor | None, first: int, *, bits: int, group_size: int
+    out: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    first: int,
+    *,
+    bits: int,
+    group_size: int,
+    factors: Tensor | None = None,
 ) -> None:
-    """Write rows ``first .. first + R`` of the weight to ``out (R, K)``, contiguous, of the dtype wanted."""
+    """Write rows ``first .. first + R`` of the weight to ``out (R, K)``, contiguous, of the dtype wanted.
+
+    Args:
+        factors: (N,) fp32, contiguous: what each row is multiplied by; None: nothing.
+    """
     n, (rows, k) = scales.shape[1], out.shape
     interpreted = bool(triton.knobs.runtime.interpret)
     _dequantize_kernel[(cdiv(k, unit_columns(bits)), cdiv(rows, BLOCK_N))](
         tiles,
         scales,
         scales if zeros is None else zeros,
+        scales if factors is None else factors,
         out,
         N=n,
         first_row=first,
         rows=rows,
-        **_constants(bits, group_size, n, k, out.dtype, zeros is not None, interpreted),
+        **_constants(bits, group_size, n, k, out.dtype, zeros is not None, factors is not None, interpreted),
         num_warps=4,
     )
 
@@ -111,26 +133,77 @@ def dequantized_matmul(
     n: int,
 ) -> Tensor:
     """``x (M, K) @ W.T + bias``, arguments as for ``weight_only_matmul``, which has checked them."""
-    m, k = x.shape
+    m = x.shape[0]
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if m == 0:
         return out
-    rows = min(n, chunk_rows(n, k, x.element_size()))
-    buffer = torch.empty(rows, k, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
-        for first in range(0, n, rows):
-            count = min(rows, n - first)
-            chunk, part = buffer[:count], out[:, first : first + count]
-            dequantize_rows(chunk, tiles, scales, zeros, first, bits=bits, group_size=group_size)
-            if bias is None:
-                torch.mm(x, chunk.t(), out=part)
-            else:
-                torch.addmm(bias[first : first + count].to(x.dtype), x, chunk.t(), out=part)
+        if x.dtype == torch.bfloat16:
+            _through_halves(out, x, tiles, scales, zeros, bias, bits=bits, group_size=group_size)
+        else:
+            _multiply(out, x, tiles, scales, zeros, bias, bits=bits, group_size=group_size)
     return out
 
 
+def _multiply(
+    out: Tensor,
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    *,
+    bits: int,
+    group_size: int,
+) -> None:
+    (_, k), n = x.shape, out.shape[1]
+    rows = min(n, chunk_rows(n, k, x.element_size()))
+    buffer = torch.empty(rows, k, dtype=x.dtype, device=x.device)
+    for first in range(0, n, rows):
+        count = min(rows, n - first)
+        chunk, part = buffer[:count], out[:, first : first + count]
+        dequantize_rows(chunk, tiles, scales, zeros, first, bits=bits, group_size=group_size)
+        if bias is None:
+            torch.mm(x, chunk.t(), out=part)
+        else:
+            torch.addmm(bias[first : first + count].to(x.dtype), x, chunk.t(), out=part)
+
+
+def _through_halves(
+    out: Tensor,
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    *,
+    bits: int,
+    group_size: int,
+) -> None:
+    """The same in float16, halves.py; ``out`` of a 16-bit dtype, whose memory holds the float16 sums in between."""
+    (_, k), n = x.shape, out.shape[1]
+    rows = min(n, chunk_rows(n, k))
+    buffer = torch.empty(rows, k, dtype=torch.float16, device=x.device)
+    (x16, token_factors), weight_factors = narrow_tokens(x), row_factors(scales, bits)
+    sums = out.view(torch.float16)
+    for first in range(0, n, rows):
+        mine = slice(first, min(first + rows, n))
+        chunk = buffer[: mine.stop - first]
+        dequantize_rows(chunk, tiles, scales, zeros, first, bits=bits, group_size=group_size, factors=weight_factors[0])
+        torch.mm(x16, chunk.t(), out=sums[:, mine])
+        own_bias = None if bias is None else bias[mine]
+        widen(sums[:, mine], out[:, mine], token_factors[1], weight_factors[1, mine], own_bias)
+
+
 def _constants(
-    bits: int, group_size: int, n: int, k: int, dtype: torch.dtype, asymmetric: bool, interpreted: bool
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    asymmetric: bool,
+    factors: bool,
+    interpreted: bool,
 ) -> dict[str, object]:
     return {
         "K": k,
@@ -141,12 +214,13 @@ def _constants(
         "RAW": raw_offset(bits, dtype, centred=True),
         "PTX": "" if interpreted else conversion(bits, dtype, centred=True),
         "HAS_ZEROS": asymmetric,
+        "HAS_FACTORS": factors,
         "BLOCK_N": BLOCK_N,
     }
 
 
 def compile_cases() -> list[CompileCase]:
-    """The dequantizing kernel for both dtypes and for groups of one and of several runs."""
+    """The dequantizing kernel for activations of both dtypes and for groups of one and of several runs."""
     return [
         _case(Problem(4096, 4096, 4096, bits, group, dtype, asymmetric))
         for bits, group, dtype, asymmetric in (
@@ -160,9 +234,12 @@ def compile_cases() -> list[CompileCase]:
 
 def _case(problem: Problem) -> CompileCase:
     bits, group, dtype = problem.bits, problem.group_size, problem.dtype
-    constexprs = _constants(bits, group, problem.n, problem.k, dtype, problem.asymmetric, False)
+    constexprs = _constants(
+        bits, group, problem.n, problem.k, torch.float16, problem.asymmetric, dtype == torch.bfloat16, False
+    )
     name = {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
-    pointers = {"tiles_ptr": "*i32", "scales_ptr": f"*{name}", "zeros_ptr": "*u8", "out_ptr": f"*{name}"}
+    pointers = {"tiles_ptr": "*i32", "scales_ptr": f"*{name}", "zeros_ptr": "*u8"}
+    pointers |= {"factors_ptr": "*fp32", "out_ptr": "*fp16"}
     integers = {"N": "i32", "first_row": "i32", "rows": "i32"}
     return CompileCase(
         name=f"dequantize {name} {bits}b g{group} {'asym' if problem.asymmetric else 'sym'}",

@@ -1,7 +1,7 @@
 """The main loop of the Triton family: one (BLOCK_N, BLOCK_M) tile of ``W @ x.T`` over a share of the columns.
 
-What it multiplies and in which order it adds: weight_only.py, whose kernel and grouped.py's call it. Also the kernel
-that adds up runs of x beforehand where the loop wants them from memory.
+What it multiplies and in which order it adds: weight_only.py, whose kernel and grouped.py's call it. Where the loop
+wants the sums of x from memory, run_sums.py adds them up beforehand.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 from .operands import load_x, of_run, right_operand, run_of_x, run_sums, step_scales, word_offsets, x_offsets
 from .unpack import unpack_columns
 
-__all__ = ["run_sums_kernel", "tile_product"]
+__all__ = ["tile_product"]
 
 
 @triton.jit
@@ -101,21 +101,3 @@ def tile_product(
         if SUMS == 3:
             sums_ptrs += RUNS * M
     return acc
-
-
-@triton.jit
-def run_sums_kernel(
-    x_ptr,  # (M, K)
-    sums_ptr,  # (RUNS, M) fp32
-    M,
-    K: tl.constexpr,
-    RUN: tl.constexpr,
-    RUNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Sums of BLOCK runs of one token's columns; zero for what lies past K."""
-    token = tl.program_id(0).to(tl.int64)
-    runs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    columns = runs[:, None] * RUN + tl.arange(0, RUN)[None, :]
-    x = tl.load(x_ptr + token * K + columns, mask=columns < K, other=0.0).to(tl.float32)
-    tl.store(sums_ptr + runs.to(tl.int64) * M + token, tl.sum(x, axis=1), mask=runs < RUNS)

@@ -39,9 +39,10 @@ from torch import Tensor
 
 from .checks import check_arguments
 from .epilogue import last_to_arrive, store_tile, sum_of_partials, tile_origin, workspace
-from .layout import from_tiles, tiles_shape, unit_columns
+from .layout import from_tiles, tiles_shape
 from .operands import NO_SUMS, SUMS_BY_ADDS, SUMS_BY_DOT, SUMS_LOADED
-from .product import run_sums_kernel, tile_product
+from .product import tile_product
+from .run_sums import loaded_sums
 from .tiles import Problem, Tile, cdiv, run_columns, why_not
 from .unpack import conversion, raw_offset
 
@@ -218,7 +219,7 @@ def _launch(
     tile: Tile,
     arch: int,
 ) -> Tensor:
-    m, n, k = problem.m, problem.n, problem.k
+    m, n = problem.m, problem.n
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if m == 0:
         return out
@@ -230,11 +231,7 @@ def _launch(
         if tile.split_k > 1:
             partials, counters = workspace(count, tile.split_k, tile.block_m * tile.block_n, x.device)
         if constexprs["SUMS"] == SUMS_LOADED:
-            run = constexprs["RUN"]
-            columns = unit_columns(problem.bits)
-            runs = cdiv(k, columns) * columns // run  # the kernel reads whole steps
-            sums = torch.empty(runs, m, dtype=torch.float32, device=x.device)
-            run_sums_kernel[(m, cdiv(runs, 32))](x, sums, M=m, K=k, RUN=run, RUNS=runs, BLOCK=32, num_warps=4)
+            sums = loaded_sums(x, problem.bits, constexprs["RUN"])
         weight_only_kernel[(count, tile.split_k)](
             x,
             tiles,

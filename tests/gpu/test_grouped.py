@@ -8,17 +8,22 @@ import torch
 from helpers import assert_close, tolerance
 from lowbit.experts import Experts
 from lowbit.ops import CUDA_TILES
-from lowbit.spec import QuantSpec
-from test_grouped import packed_experts, routing
+from lowbit.spec import ActivationSpec, QuantSpec
+from merged_experts import packed_experts, routing
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA GPU here (torch.cuda.is_available() is False)"
 )
 
 
-def on_gpu(dtype, **choices) -> Experts:
-    experts = packed_experts(QuantSpec(4, -1, False), dtype, inner=64, **choices).cuda().repack()
-    assert experts.stacked and experts.get_submodule("down").layout == CUDA_TILES
+W4 = QuantSpec(4, -1, False)
+W8A8 = [QuantSpec(8, -1, symmetric, ActivationSpec(dynamic=symmetric)) for symmetric in (True, False)]
+
+
+def on_gpu(dtype, spec=W4, **choices) -> Experts:
+    experts = packed_experts(spec, dtype, inner=64, **choices).cuda().repack()
+    assert experts.stacked
+    assert spec != W4 or experts.get_submodule("down").layout == CUDA_TILES
     return experts
 
 
@@ -29,8 +34,9 @@ def routed(count, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("choices", [{}, {"bias": True, "concatenated": False}, {"gate": False}], ids=str)
-def test_common_calls_give_what_one_by_one_gives(dtype, choices):
-    experts = on_gpu(dtype, **choices)
+@pytest.mark.parametrize("spec", [W4, *W8A8, [W4, QuantSpec(8, -1), W8A8[0]]], ids=["w4", "w8a8", "static", "kinds"])
+def test_common_calls_give_what_one_by_one_gives(dtype, choices, spec):
+    experts = on_gpu(dtype, spec, **choices)
     apart = copy.deepcopy(experts)
     apart.take_apart()
     for count in (0, 1, 9, 300):
@@ -38,9 +44,10 @@ def test_common_calls_give_what_one_by_one_gives(dtype, choices):
         assert_close(experts(*arguments), apart(*arguments), **tolerance(dtype, 8, 64))
 
 
-def test_nothing_waits_for_the_device():
+@pytest.mark.parametrize("spec", [W4, *W8A8, [W4, W8A8[1]]], ids=["w4", "w8a8", "static", "kinds"])
+def test_nothing_waits_for_the_device(spec):
     """torch raises at the first wait; one by one there is one, which shows that it would."""
-    experts, arguments = on_gpu(torch.bfloat16, bias=True), routed(9, torch.bfloat16)
+    experts, arguments = on_gpu(torch.bfloat16, spec, bias=True), routed(9, torch.bfloat16)
     expected = experts(*arguments)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -53,8 +60,9 @@ def test_nothing_waits_for_the_device():
     assert torch.equal(out, expected)
 
 
-def test_a_graph_replays_with_another_routing():
-    experts = on_gpu(torch.bfloat16)
+@pytest.mark.parametrize("spec", [W4, *W8A8, [W4, W8A8[1]]], ids=["w4", "w8a8", "static", "kinds"])
+def test_a_graph_replays_with_another_routing(spec):
+    experts = on_gpu(torch.bfloat16, spec)
     x, chosen, weights = routed(9, torch.bfloat16)
     experts(x, chosen, weights)
     graph = torch.cuda.CUDAGraph()

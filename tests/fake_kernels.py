@@ -1,0 +1,207 @@
+"""What a launch of each kernel writes, by its documentation, in plain torch: for fake_gpu.py.
+
+Only tensors that the launch was given are read and written, as their shapes and the constants say. Float results are
+computed in float64 and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit_kernels.grouped_int8 import grouped_int8_reference
+from lowbit_kernels.int8_quantize import quantize_activations_reference
+from lowbit_kernels.weight_only import weight_only_reference
+
+__all__ = ["act"]
+
+
+def act(kernel: str, grid: tuple[int, int, int], arguments: dict[str, Any]) -> None:
+    """Write what ``kernel`` would write. KeyError for one that is not here."""
+    plain = {
+        name: value.as_subclass(Tensor) if isinstance(value, Tensor) else value for name, value in arguments.items()
+    }
+    _ACTED[kernel](grid, plain)
+
+
+def _weight_only(grid: tuple[int, int, int], a: dict[str, Any]) -> None:
+    m, n = a["M"], a["N"]
+    tiles = -(-m // a["BLOCK_M"]) * -(-n // a["BLOCK_N"])
+    assert grid == (tiles, a["SPLIT_K"], 1), f"grid {grid}, {tiles} output tiles"
+    if a["SPLIT_K"] > 1:
+        assert a["partials_ptr"].numel() >= tiles * a["SPLIT_K"] * a["BLOCK_M"] * a["BLOCK_N"]
+        assert a["partials_ptr"].dtype == torch.float32 and a["counters_ptr"].dtype == torch.int32
+        assert a["counters_ptr"].numel() >= tiles and not a["counters_ptr"][:tiles].any()
+    if a["SUMS"] == 3:
+        runs = -(-a["K"] // (512 // a["BITS"])) * (512 // a["BITS"]) // a["RUN"]
+        sums = _run_sums_of(a["x_ptr"], a["RUN"], runs)
+        assert a["sums_ptr"].shape == sums.shape and torch.allclose(a["sums_ptr"], sums, rtol=1e-5, atol=1e-4)
+    _multiply(a, a["x_ptr"], a["tiles_ptr"], a["scales_ptr"], a["zeros_ptr"])
+
+
+def _multiply(a: dict[str, Any], x: Tensor, tiles: Tensor, scales: Tensor, zeros: Tensor) -> None:
+    assert a["out_ptr"].shape == (a["M"], a["N"]) and x.shape == (a["M"], a["K"])
+    zeros = zeros if a["HAS_ZEROS"] else None
+    bias = a["bias_ptr"] if a.get("HAS_BIAS") else None
+    groups = 1 if a["GROUP"] == -1 else a["K"] // a["GROUP"]
+    assert scales.shape == (groups, a["N"]) and (bias is None or bias.shape == (a["N"],))
+    out = weight_only_reference(x, tiles, scales, zeros, bias, bits=a["BITS"], group_size=a["GROUP"])
+    a["out_ptr"].copy_(out)
+
+
+def _atomic(grid: tuple[int, int, int], a: dict[str, Any]) -> None:
+    assert not a["out_ptr"].any(), "atomics add to what is there"
+    _multiply(a, a["x_ptr"], a["tiles_ptr"], a["scales_ptr"], a["zeros_ptr"])
+
+
+def _hopper(grid: tuple[int, int, int], a: dict[str, Any]) -> None:
+    m, n, consumers = a["M"], a["N"], a["CONSUMERS"]
+    block_n = consumers * a["REPS"] * 64
+    tiles = -(-m // a["BLOCK_M"]) * -(-n // block_n)
+    assert grid == (tiles, a["SPLIT_K"], 1), f"grid {grid}, {tiles} output tiles"
+    if a["SPLIT_K"] > 1:
+        assert a["partials_ptr"].numel() >= tiles * a["SPLIT_K"] * a["BLOCK_M"] * block_n
+        assert a["counters_ptr"].numel() >= tiles * consumers and not a["counters_ptr"][: tiles * consumers].any()
+    x, words, scales, zeros = (a[f"{name}_desc"].base.as_subclass(Tensor) for name in "xwsz")
+    groups = 1 if a["GROUP"] == -1 else a["K"] // a["GROUP"]
+    assert a["w_desc"].block_shape == [4, 8, 32] and a["x_desc"].block_shape == [a["BLOCK_M"], 128]
+    assert a["s_desc"].block_shape == a["z_desc"].block_shape == [block_n]
+    assert torch.equal(a["scales_ptr"].view(-1), scales)
+    _multiply(a, x, words.view(words.shape[0], -1, 16, 16), scales.view(groups, n), zeros.view(groups, n))
+
+
+def _grouped(grid: tuple[int, int, int], a: dict[str, Any]) -> None:
+    out, begin, x = a["out_ptr"], 0, a["x_ptr"]
+    ends = a["ends_ptr"].tolist()
+    most = sum(-(-rows // a["BLOCK_M"]) for rows in [b - e for e, b in zip([0, *ends], [*ends, len(x)], strict=True)])
+    assert a["TOKEN_TILES"] >= most and grid == (a["TOKEN_TILES"] * -(-a["N"] // a["BLOCK_N"]), 1, 1)
+    assert a["EXPERTS"] == len(ends) < a["BLOCK_E"] and a["WEIGHTS"] == len(a["tiles_ptr"])
+    out.zero_()
+    for e, end in zip(_slots(a), ends, strict=True):
+        if e < 0:
+            begin = end
+            continue
+        zeros = a["zeros_ptr"][e] if a["HAS_ZEROS"] else None
+        bias = a["bias_ptr"][e] if a["HAS_BIAS"] else None
+        out[begin:end] = weight_only_reference(
+            x[begin:end], a["tiles_ptr"][e], a["scales_ptr"][e], zeros, bias, bits=a["BITS"], group_size=a["GROUP"]
+        )
+        begin = end
+
+
+def _slots(a: dict[str, Any]) -> list[int]:
+    return a["slots_ptr"].tolist() if a["HAS_SLOTS"] else list(range(a["EXPERTS"]))
+
+
+def _grouped_int8(grid: tuple[int, int, int], a: dict[str, Any]) -> None:
+    assert a["x_ptr"].shape == (a["M"], a["K"]) and a["w_ptr"].shape == (a["WEIGHTS"], a["N"], a["K"])
+    assert grid == (a["TOKEN_TILES"] * -(-a["N"] // a["BLOCK_N"]), 1, 1) and len(a["ends_ptr"]) == a["EXPERTS"]
+    if a["HAS_ZEROS"]:
+        assert torch.equal(a["sums_ptr"].long(), a["x_ptr"].long().sum(1))
+    out = grouped_int8_reference(
+        a["x_ptr"],
+        a["x_scale_ptr"],
+        a["ends_ptr"],
+        a["w_ptr"],
+        a["w_scale_ptr"],
+        a["bias_ptr"] if a["HAS_BIAS"] else None,
+        w_zero=a["zero_ptr"] if a["HAS_ZEROS"] else None,
+        slots=a["slots_ptr"] if a["HAS_SLOTS"] else None,
+    )
+    a["out_ptr"].copy_(out)
+
+
+def _run_sums_of(x: Tensor, run: int, runs: int) -> Tensor:
+    padded = torch.zeros(len(x), runs * run, dtype=torch.float64)
+    padded[:, : x.shape[1]] = x
+    return padded.view(len(x), runs, run).sum(2).t().float()
+
+
+def _run_sums(grid: tuple[int, int, int], a: dict[str, Any]) -> None:
+    assert grid == (a["M"], -(-a["RUNS"] // a["BLOCK"]), 1)
+    a["sums_ptr"].copy_(_run_sums_of(a["x_ptr"], a["RUN"], a["RUNS"]))
+
+
+def _dequantize(grid: tuple[int, int, int], a: dict[str, Any]) -> None:
+    out, first, rows = a["out_ptr"], a["first_row"], a["rows"]
+    assert out.shape == (rows, a["K"]) and grid[1] == -(-rows // a["BLOCK_N"])
+    assert grid[0] * (512 // a["BITS"]) >= a["K"]
+    zeros = a["zeros_ptr"] if a["HAS_ZEROS"] else None
+    identity = torch.eye(a["K"], dtype=torch.float64)
+    weight = weight_only_reference(
+        identity, a["tiles_ptr"], a["scales_ptr"], zeros, None, bits=a["BITS"], group_size=a["GROUP"]
+    )
+    if a["HAS_FACTORS"]:
+        weight = weight * a["factors_ptr"].double()
+    out.copy_(weight.t()[first : first + rows])
+
+
+def _factors(top: Tensor, exponent: int) -> Tensor:
+    _, power = torch.frexp(torch.where(top.isfinite(), top, 2.0**127))  # half of 2 ** power at least
+    factor = torch.where(top > 0, torch.ldexp(torch.ones_like(top), exponent + 1 - power), 2.0**126)
+    return torch.stack([factor, 1 / factor])
+
+
+def _narrow(grid: tuple[int, int, int], a: dict[str, Any]) -> None:
+    m, k = a["x_ptr"].shape
+    assert grid == (m, 1, 1) and (m, k) == (a["M"], a["K"]) and a["factors_ptr"].shape == (2, m)
+    a["factors_ptr"].copy_(_factors(a["x_ptr"].float().abs().amax(1), a["EXPONENT"]))
+    a["x16_ptr"].copy_(a["x_ptr"].float() * a["factors_ptr"][0, :, None])
+
+
+def _rows(grid: tuple[int, int, int], a: dict[str, Any]) -> None:
+    assert a["scales_ptr"].shape == (a["G"], a["N"]) and grid == (-(-a["N"] // a["BLOCK"]), 1, 1)
+    a["factors_ptr"].copy_(_factors(a["scales_ptr"].float().abs().amax(0) * a["TOP"], a["EXPONENT"]))
+
+
+def _widen(grid: tuple[int, int, int], a: dict[str, Any]) -> None:
+    part, out = a["part_ptr"], a["out_ptr"]
+    assert part.data_ptr() == out.data_ptr() and part.stride() == out.stride() == (a["N"], 1)
+    assert part.shape == out.shape == (a["M"], a["ROWS"]) and len(a["rows_ptr"]) == a["ROWS"]
+    assert grid == (-(-a["ROWS"] // a["BLOCK_N"]), -(-a["M"] // a["BLOCK_M"]), 1)
+    sums = part.double() * a["tokens_ptr"].double()[:, None] * a["rows_ptr"].double()
+    out.copy_(sums + a["bias_ptr"].double() if a["HAS_BIAS"] else sums)
+
+
+def _quantize(grid: tuple[int, int, int], a: dict[str, Any]) -> None:
+    static = a["static_ptr"] if a["STATIC"] else None
+    codes, scale, sums = quantize_activations_reference(a["x_ptr"], static)
+    assert grid == (len(codes), 1, 1) and a["x_ptr"].shape[1] == a["K"]
+    a["q_ptr"].copy_(codes)
+    a["scale_ptr"].copy_(scale)
+    if a["HAS_SUMS"]:
+        a["sums_ptr"].copy_(sums)
+
+
+def _int8(grid: tuple[int, int, int], a: dict[str, Any]) -> None:
+    tiles = -(-a["M"] // a["BLOCK_M"]) * -(-a["N"] // a["BLOCK_N"])
+    assert grid == (tiles, a["SPLIT_K"], 1)
+    if a["SPLIT_K"] > 1:
+        assert a["partials_ptr"].dtype == a["counters_ptr"].dtype == torch.int32
+        assert a["partials_ptr"].numel() >= tiles * a["SPLIT_K"] * a["BLOCK_M"] * a["BLOCK_N"]
+        assert a["counters_ptr"].numel() >= tiles and not a["counters_ptr"][:tiles].any()
+    total = a["x_ptr"].double() @ a["w_ptr"].double().t()
+    if a["HAS_ZEROS"]:
+        assert torch.equal(a["sums_ptr"].long(), a["x_ptr"].long().sum(1))
+        total -= a["sums_ptr"].double()[:, None] * a["zero_ptr"].double()
+    out = total * a["x_scale_ptr"].double()[:, None] * a["w_scale_ptr"].double()
+    a["out_ptr"].copy_(out + a["bias_ptr"].double() if a["HAS_BIAS"] else out)
+
+
+_ACTED: dict[str, Callable[[tuple[int, int, int], dict[str, Any]], None]] = {
+    "weight_only_kernel": _weight_only,
+    "_atomic_kernel": _atomic,
+    "hopper_kernel": _hopper,
+    "grouped_kernel": _grouped,
+    "grouped_int8_kernel": _grouped_int8,
+    "run_sums_kernel": _run_sums,
+    "_dequantize_kernel": _dequantize,
+    "narrow_tokens_kernel": _narrow,
+    "row_factors_kernel": _rows,
+    "widen_kernel": _widen,
+    "_quantize_kernel": _quantize,
+    "_int8_matmul_kernel": _int8,
+}
