@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from .affine import QuantizedWeight, dequantize
-from .calib.awq import awq_quantize, scale_hessian, search_scales
+from .calib.awq import awq_quantize
 from .calib.gptq import factorize, gptq_quantize
 from .calib.hessian import CrossMoment, Hessian, output_loss
 from .calib.rtn import rtn_quantize
 from .distributed import ALONE, Ranks
-from .fold import apply_fold, exact_folds
-from .heap import return_free_memory
-from .mappings import reasons_without_fold, resolve
+from .fold import exact_folds, in_float32
+from .folding import Folding
+from .heap import GrowthLimit, return_free_memory
+from .mappings import Fold, reasons_without_fold, resolve
 from .report import LayerRecord
 from .routed import BLENDED, RoutedInputs
 from .spec import QuantSpec
@@ -33,7 +34,7 @@ __all__ = ["METHODS", "Calibration", "quantize_blocks", "quantize_dense"]
 
 METHODS = ("gptq", "awq", "rtn", "awq+gptq")
 
-_TRIM_EVERY = 8  # batches: more often costs page faults, less often memory
+_HEAP_SLACK = 96 << 20  # bytes: less costs page faults, more costs memory
 _MEMORY_SHARE = 0.3  # of the free memory that half-done batches may hold before blocks are run anew per stage
 
 
@@ -112,12 +113,13 @@ def quantize_blocks(
     own = [h.clone() if i in reference_batches else h[:0] for i, h in enumerate(inputs.hidden)]
     reference = BlockInputs(own, inputs.arguments, inputs.keyword)
     return_free_memory()  # tokenizing left some
+    heap = GrowthLimit(_HEAP_SLACK)
     for index, block in enumerate(blocks):
         prefix = f"{block.name}."
         wanted = [name.removeprefix(prefix) for name in targets if name.startswith(prefix)]
         home = next(block.module.parameters()).device
         block.module.to(how.device)
-        work = _BlockWork(block, index, inputs, reference, reference_batches, wanted, how, store)
+        work = _BlockWork(block, index, inputs, reference, reference_batches, wanted, how, store, heap)
         yield from work.run()
         store.flush(home)
         block.module.to(home)
@@ -136,11 +138,12 @@ class _BlockWork:
         wanted: Sequence[str],
         how: Calibration,
         store: Store,
+        heap: GrowthLimit,
     ) -> None:
         self.block, self.index, self.inputs, self.wanted, self.how = block, index, inputs, wanted, how
         self.reference, self.reference_batches = reference, reference_batches
         self.last = index == len(inputs.arguments) - 1
-        self.store = store
+        self.store, self.heap = store, heap
         self.modules = linears(block.module)
         found = linear_groups(block, inputs, index, how.device)
         how.ranks.agree({f"the order of the linears in {block.name}": str([group.names for group in found])})
@@ -211,9 +214,7 @@ class _BlockWork:
                 drift.add(ref.inputs(stage, batch), x)
                 if stage == len(self.groups) - 1:
                     ref.finish_batch(batch)  # the original does not wait for this stage's weights
-            if batch % _TRIM_EVERY == 0:
-                return_free_memory()
-        return_free_memory()
+            self.heap.check()
         self.how.ranks.add_up(total, drift)
         if drift is not None:
             total.merge_(drift.hessian)
@@ -280,46 +281,40 @@ class _BlockWork:
 
     def _fold_scales(self) -> None:
         """AWQ's scale search on the unquantized block, the scales moved into the norm or linear before."""
-        block = self.block.module
-        dtype = next(block.parameters()).dtype
+        block, how = self.block.module, self.how
         stops = [group.names[0] for group in self.groups]
-        with BlockRun(block, self.inputs, self.index, stops, self.how.device, keep=self._fits()) as run:
-            hessians: dict[str, Tensor] = {}
-            for stage, group in enumerate(self.groups):
-                total = self._moments(stage, run, None)[0]
-                if not self.routed.is_expert(group.names[0]):  # no fold reaches into experts
-                    hessians.update(dict.fromkeys(group.names, total.mean()))
-        block.float()  # scales are found, tested and applied in float32; the block's own dtype rounds once at the end
-        folds = [f for f in resolve(block, self.how.model_type) if all(b in hessians for b in f.balance)]
-        good, bad = self.how.ranks.first(lambda: exact_folds(block, folds, *self._one_sequence()))
-        reasons = reasons_without_fold(block, self.how.model_type)
+        reasons = reasons_without_fold(block, how.model_type)
+        with in_float32(block):
+            folds = resolve(block, how.model_type)
+            good, bad = how.ranks.first(lambda: self._exact_folds(folds))
         for fold in bad:
             reasons.update(dict.fromkeys(fold.balance, f"moving a scale into {fold.smooth} changed the block's output"))
-        for fold in good:
-            weights = [self.modules[name].weight for name in fold.balance]
-            hessian = hessians[fold.balance[0]]
-            scales = self._search(weights, hessian, fold.channel_ids())
-            apply_fold(block, fold, scales)
-            for name in fold.balance:
-                hessians[name] = scale_hessian(hessian, scales)
-        block.to(dtype)
+        reached = {name for group in self.groups for name in group.names}
+        folding = Folding(self.modules, good, reached, how.spec, how.ranks, reasons)
+        routed = RoutedInputs(block, how.device, how.ranks)
+        with BlockRun(block, self.inputs, self.index, stops, how.device, keep=self._fits()) as run, routed:
+            for stage, group in enumerate(self.groups):
+                if folding.wants(group.names):
+                    folding.take(group.names, self._moments(stage, run, None)[0], routed)
+        with in_float32(block):  # the block's own dtype rounds once, at the end
+            folding.apply(block)
+        what = "clip search" if how.method == "awq" else "gptq"
         for name in self.wanted:
             if name in reasons:
-                self.notes[name] = (f"clip search alone: {reasons[name]}",)
+                self.notes[name] = (f"{what} alone: {reasons[name]}",)
 
-    def _search(self, weights: Sequence[Tensor], hessian: Tensor, channels: Tensor | None) -> Tensor:
-        """AWQ's scales; each rank tries a part of the candidates."""
-        ranks = self.how.ranks
-        part = ranks.rank, ranks.count
-        found = search_scales(weights, hessian, self.how.spec, channels=channels, part=part)
-        tried = ranks.collect(((found.loss, found.alpha, found.duo), found.scales.cpu()))
-        return min(tried, key=lambda result: result[0])[1].to(found.scales)
+    def _exact_folds(self, folds: Sequence[Fold]) -> tuple[list[Fold], list[Fold]]:
+        try:
+            return exact_folds(self.block.module, folds, *self._first_sequences(1))
+        except RuntimeError:
+            # Not every argument can be cut: BLOOM's alibi has a row for each head of each sequence.
+            return exact_folds(self.block.module, folds, *self._first_sequences(self.inputs.hidden[0].shape[0]))
 
-    def _one_sequence(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of a call of the block with the first sequence alone, in float32."""
+    def _first_sequences(self, count: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of a call of the block with the first ``count`` sequences of the first batch, in float32."""
         hidden, rest = self.inputs.hidden[0], self.inputs.arguments[self.index][0]
-        first: Tensor = to_device(hidden[:1], self.how.device).float()
-        args, kwargs = _first_sequence(to_device(rest, self.how.device), hidden.shape[0])
+        first: Tensor = to_device(hidden[:count], self.how.device).float()
+        args, kwargs = _cut(to_device(rest, self.how.device), hidden.shape[0], count)
         return (args, {**kwargs, "hidden_states": first}) if self.inputs.keyword else ((first, *args), kwargs)
 
     def _fits(self) -> bool:
@@ -349,15 +344,15 @@ def _reference_share(bits: int) -> float:
     return 0.25 if bits < 4 else 0.125
 
 
-def _first_sequence(value: Any, batch: int) -> Any:
-    """Nested arguments cut to the first of ``batch`` sequences: tensors that lead with that dimension lose the rest."""
+def _cut(value: Any, batch: int, count: int) -> Any:
+    """Nested arguments in float32, tensors that lead with a batch's number of sequences cut to the first ``count``."""
     if isinstance(value, Tensor):
-        cut = value[:1] if value.ndim > 1 and value.shape[0] == batch else value
+        cut = value[:count] if value.ndim > 1 and value.shape[0] == batch else value
         return cut.float() if cut.is_floating_point() else cut
     if isinstance(value, (tuple, list)):
-        return type(value)(_first_sequence(item, batch) for item in value)
+        return type(value)(_cut(item, batch, count) for item in value)
     if isinstance(value, dict):
-        return {key: _first_sequence(item, batch) for key, item in value.items()}
+        return {key: _cut(item, batch, count) for key, item in value.items()}
     return value
 
 

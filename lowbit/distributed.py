@@ -45,7 +45,7 @@ class RankError(ConnectionError):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which is what torchrun sends to the other ranks when one has ended."""
+    """SIGTERM: from a shell, a container or a scheduler, or from torchrun when another rank has ended."""
 
     status = 128 + signal.SIGTERM
 
@@ -56,7 +56,8 @@ class Moment(Protocol):
     tokens: int
 
     @property
-    def sums(self) -> list[Tensor]: ...
+    def sums(self) -> list[Tensor]:
+        """The sums themselves, added up over the ranks in place."""
 
 
 @dataclass(frozen=True)
@@ -331,16 +332,19 @@ def checksum(tensor: Tensor) -> str:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """While open, SIGTERM raises :class:`Terminated` in this process of a launch, so that it cleans up behind itself.
+    """While open, SIGTERM raises :class:`Terminated`, so that a process cleans up behind itself.
 
-    Elsewhere than in the main thread of one of several ranks, nothing changes.
+    Only the main thread can take a signal: in any other, nothing changes.
     """
-    if _launch()[1] == 1 or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
+    several = _launch()[1] > 1
 
     def stop(*_: object) -> None:
-        raise Terminated("terminated, as torchrun does with all ranks when one of them has ended")
+        raise Terminated(
+            "terminated, as torchrun does with all ranks when one of them has ended" if several else "terminated"
+        )
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

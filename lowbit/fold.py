@@ -7,7 +7,8 @@ float32 copies where that matters, and store what was folded, not what was asked
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from .mappings import Fold
 
-__all__ = ["apply_fold", "exact_folds"]
+__all__ = ["apply_fold", "exact_folds", "in_float32"]
 
 # A wrong fold changes a branch by about its own size, float32 rounding by about 1e-6 of it.
 _EXACT = 1e-3
@@ -23,7 +24,7 @@ _EXACT = 1e-3
 
 @torch.no_grad()
 def apply_fold(block: nn.Module, fold: Fold, scales: Tensor) -> None:
-    """Multiply the columns of ``fold.balance`` by ``scales`` and divide ``fold.smooth`` by them, in place.
+    """Multiply the columns of all readers of ``fold.smooth`` by ``scales`` and divide it by them, in place.
 
     Computed in float32 (float64 for float64 parameters), stored in each parameter's own dtype.
 
@@ -42,8 +43,8 @@ def apply_fold(block: nn.Module, fold: Fold, scales: Tensor) -> None:
     smooth = block.get_submodule(fold.smooth)
     for name, parameter in smooth.named_parameters(recurse=False):
         _divide(parameter, fold, per_channel, offset=fold.norm_offset if name == "weight" else 0)
-    for linear in balance:
-        weight = linear.weight
+    others = [block.get_parameter(f"{name}.weight") for name in fold.others]
+    for weight in (*(linear.weight for linear in balance), *others):
         work = torch.promote_types(weight.dtype, torch.float32)
         weight.copy_(weight.to(work) * scales.to(device=weight.device, dtype=work))
 
@@ -52,9 +53,10 @@ def apply_fold(block: nn.Module, fold: Fold, scales: Tensor) -> None:
 def exact_folds(
     block: nn.Module, folds: Sequence[Fold], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[list[Fold], list[Fold]]:
-    """Test each fold by applying a random scale of powers of two on one real input and undoing it.
+    """Test folds by applying random scales of powers of two on one real input and undoing them.
 
-    The block is left bit for bit as it was. Costs one forward pass per fold and one more.
+    All are applied at once, and only where that changes something are the halves, down to single folds. The block is
+    left bit for bit as it was. A fold of an expert that no token of the input is routed to cannot be seen to be wrong.
 
     Args:
         block: a float32 or float64 decoder block.
@@ -66,7 +68,9 @@ def exact_folds(
     Raises:
         ValueError: the block's weights are in a dtype too coarse to tell rounding from a wrong fold.
     """
-    names = dict.fromkeys(name for fold in folds for name in (fold.smooth, *fold.balance))
+    if not folds:
+        return [], []
+    names = dict.fromkeys(name for fold in folds for name in (fold.smooth, *fold.balance, *fold.others))
     saved = {p: p.clone() for name in names for p in block.get_submodule(name).parameters(recurse=False)}
     coarse = sorted({str(p.dtype) for p in saved if p.dtype not in (torch.float32, torch.float64)})
     if coarse:
@@ -74,17 +78,38 @@ def exact_folds(
     expected = _hidden(block(*args, **kwargs))
     hidden = args[0] if args else kwargs["hidden_states"]
     allowed = _EXACT * (expected - hidden).double().norm()
-    good: list[Fold] = []
-    bad: list[Fold] = []
-    for fold in folds:
+
+    def changes_nothing(tried: Sequence[int]) -> bool:
         try:
-            apply_fold(block, fold, _powers_of_two(block, fold))
+            for i in tried:
+                apply_fold(block, folds[i], _powers_of_two(block, folds[i], seed=i))
             change = (_hidden(block(*args, **kwargs)) - expected).double().norm()
         finally:
             for parameter, value in saved.items():
                 parameter.copy_(value)
-        (good if bool(change <= allowed) else bad).append(fold)
-    return good, bad
+        return bool(change <= allowed)
+
+    def wrong(tried: Sequence[int]) -> list[int]:
+        if not tried or changes_nothing(tried):
+            return []
+        middle = len(tried) // 2
+        return list(tried) if not middle else wrong(tried[:middle]) + wrong(tried[middle:])
+
+    bad = set(wrong(range(len(folds))))
+    return [fold for i, fold in enumerate(folds) if i not in bad], [folds[i] for i in sorted(bad)]
+
+
+@contextmanager
+def in_float32(block: nn.Module) -> Iterator[None]:
+    """Parameters and buffers in float32 while open; afterwards each is rounded once to the dtype it had."""
+    dtypes = {t: t.dtype for t in (*block.parameters(), *block.buffers()) if t.is_floating_point()}
+    for tensor in dtypes:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, dtype in dtypes.items():
+            tensor.data = tensor.data.to(dtype)
 
 
 def _linear(block: nn.Module, name: str) -> nn.Linear:
@@ -118,12 +143,12 @@ def _divide(parameter: Tensor, fold: Fold, scales: Tensor, offset: int) -> None:
     parameter[rows] = (part / (divisor if part.ndim == 1 else divisor.unsqueeze(1))).to(parameter.dtype)
 
 
-def _powers_of_two(block: nn.Module, fold: Fold) -> Tensor:
+def _powers_of_two(block: nn.Module, fold: Fold, seed: int) -> Tensor:
     """Reproducible scales in {1/2, 1, 2}: dividing and multiplying by them rounds nothing."""
     weight = _linear(block, fold.balance[0]).weight
     ids = fold.channel_ids()
     count = weight.shape[1] if ids is None else int(ids.max()) + 1
-    draw = torch.randint(-1, 2, (count,), generator=torch.Generator().manual_seed(0))
+    draw = torch.randint(-1, 2, (count,), generator=torch.Generator().manual_seed(seed))
     scales = torch.exp2(draw.to(weight.dtype)).to(weight.device)
     return scales if ids is None else scales[ids.to(weight.device)]
 

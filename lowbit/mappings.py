@@ -2,10 +2,10 @@
 
 AWQ multiplies the input columns of some linears by a scale and divides it out of whatever produces their input: a
 norm's weight, or the output rows of a linear. That changes nothing only where no other reader of the producer exists
-and nothing between the two mixes channels. The tables below say where that holds. They are keyed by structure (the
-norms a block has, the names of its projections), not by class name, so that the many families that share Llama's
-wiring need no entry of their own; a block that has anything the tables do not know gets no fold there, and
-:func:`reasons_without_fold` says why. Names are relative to one decoder block.
+and nothing between the two mixes channels. The tables below say where that holds, and mixture.py says it of experts.
+They are keyed by structure (the norms a block has, the names of its projections), not by class name, so that the many
+families that share Llama's wiring need no entry of their own; a block that has anything the tables do not know gets no
+fold there, and :func:`reasons_without_fold` says why. Names are relative to one decoder block.
 
 Structure is strong evidence, not proof: :func:`lowbit.fold.exact_folds` tests every fold on real inputs.
 """
@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = ["Fold", "norm_offset", "reasons_without_fold", "resolve"]
+from .mixture import Mixture, find_mixture
+
+__all__ = ["NOT_QUANTIZED", "Fold", "norm_offset", "reasons_without_fold", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Fold:
     Attributes:
         smooth: norm or linear whose output is divided by the scale.
         balance: linears that read it; their K input columns are multiplied by the scale.
+        others: modules with a 2-D ``weight`` that read it too and stay dense (routers); their columns are as well.
         norm_offset: 1 for a norm that multiplies by ``1 + weight`` (Gemma), else 0.
         rows: output row of the linear ``smooth`` that produces channel c; None when ``smooth`` is a norm.
         channels: for each of the K columns the channel it reads, where several columns read one (grouped-query
@@ -40,6 +43,7 @@ class Fold:
     norm_offset: int = 0
     rows: tuple[int, ...] | None = None
     channels: tuple[int, ...] | None = None
+    others: tuple[str, ...] = ()
 
     def channel_ids(self) -> Tensor | None:
         """``channels`` as an int64 tensor ``(K,)``, as :func:`lowbit.calib.awq.search_scales` takes it."""
@@ -68,6 +72,15 @@ class _Branch:
     output: str
     rows: str = "all"
     gated: bool = False
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Who reads the input of a branch, and the norms inside the branch that a scale would have to pass."""
+
+    inputs: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
 
 
 def _norms(attention: str | None, mlp: str | None, *after: str) -> _Norms:
@@ -118,6 +131,7 @@ _NO_FOLDS = {
     "bloom": "the residual stream may continue from the norms' outputs",
 }
 
+NOT_QUANTIZED = "a linear that reads the same is not quantized"
 _NO_TABLE = "no folding table fits this block"
 
 
@@ -175,11 +189,15 @@ def _resolve(block: nn.Module, model_type: str) -> tuple[list[Fold], dict[str, s
     if getattr(block, "do_layer_norm_before", True) is False:
         return [], dict.fromkeys(linears, "the norms come after the branches (do_layer_norm_before is False)")
     attention, mlp = _match(_ATTENTION, linears), _match(_MLP, linears)
-    folds = _norm_folds(block, linears, attention, mlp, reasons)
+    mixture = find_mixture(block)
+    folds = _norm_folds(block, linears, _reader(block, attention), _reader(block, mlp, mixture), mixture, reasons)
     if attention is not None:
         folds.append(_value_fold(block, linears, attention, reasons))
     if mlp is not None:
         folds.append(_mlp_fold(block, linears, mlp, reasons))
+    if mixture is not None:
+        reasons.update(mixture.reasons)
+        folds += [_row_fold(linears, up, down) for up, down in mixture.pairs]
     found = [fold for fold in folds if fold is not None]
     attention_names = (*attention.inputs, attention.output) if attention else ()
     found.sort(key=lambda fold: (fold.balance[0] not in attention_names, fold.rows is not None))
@@ -198,6 +216,13 @@ def _match(branches: Iterable[_Branch], linears: Mapping[str, nn.Linear]) -> _Br
     return None
 
 
+def _reader(block: nn.Module, branch: _Branch | None, mixture: Mixture | None = None) -> _Reader | None:
+    if branch is not None:
+        norms = _inner_norms(_parent(block, branch)) if "." in branch.output else []
+        return _Reader(branch.inputs, norms=tuple(norms))
+    return _Reader(mixture.inputs, mixture.others) if mixture is not None and mixture.inputs else None
+
+
 def _parent(block: nn.Module, branch: _Branch) -> nn.Module:
     return block.get_submodule(branch.output.rpartition(".")[0])
 
@@ -211,20 +236,21 @@ def _inner_norms(parent: nn.Module) -> list[str]:
 def _norm_folds(
     block: nn.Module,
     linears: Mapping[str, nn.Linear],
-    attention: _Branch | None,
-    mlp: _Branch | None,
+    attention: _Reader | None,
+    mlp: _Reader | None,
+    mixture: Mixture | None,
     reasons: dict[str, str],
 ) -> list[Fold | None]:
     """norm -> the linears that read it, for a block whose norms and parts are all known."""
     norms = {name for name, _ in block.named_children() if "norm" in name}
     table = next((t for t in _NORMS if t.names == norms), None)
-    known = {"self_attn", "attention", "mlp", "fc1", "fc2", *norms}
+    known = {"self_attn", "attention", "mlp", "fc1", "fc2", *norms, *([mixture.name] if mixture else [])}
     strangers = [n for n, child in block.named_children() if n not in known and any(True for _ in child.parameters())]
     if table is None or strangers:
         why = f"unknown parts {strangers}" if strangers else f"unknown arrangement of norms {sorted(norms)}"
         reasons.update({name: f"{_NO_TABLE}: {why}" for part in (attention, mlp) if part for name in part.inputs})
         return []
-    groups: dict[str, list[_Branch | None]] = {}
+    groups: dict[str, list[_Reader | None]] = {}
     for norm, part in ((table.attention, attention), (table.mlp, mlp)):
         if norm is not None:
             groups.setdefault(norm, []).append(part)
@@ -237,7 +263,7 @@ def _norm_fold(
     block: nn.Module,
     linears: Mapping[str, nn.Linear],
     norm: str,
-    parts: list[_Branch | None],
+    parts: list[_Reader | None],
     reasons: dict[str, str],
 ) -> Fold | None:
     known = [part for part in parts if part is not None]
@@ -245,7 +271,7 @@ def _norm_fold(
     if not known or len(known) < len(parts):
         reasons.update(dict.fromkeys(balance, f"{norm} is also read by a branch that no table knows"))
         return None
-    inner = [name for part in known if "." in part.output for name in _inner_norms(_parent(block, part))]
+    inner = [name for part in known for name in part.norms]
     offset = norm_offset(block.get_submodule(norm))
     weight = getattr(block.get_submodule(norm), "weight", None)
     if inner or offset is None or weight is None:
@@ -255,7 +281,7 @@ def _norm_fold(
     if any(linears[name].in_features != weight.numel() for name in balance):
         reasons.update(dict.fromkeys(balance, f"{norm} is not as wide as what reads it"))
         return None
-    return Fold(norm, balance, norm_offset=offset)
+    return Fold(norm, balance, norm_offset=offset, others=tuple(name for part in known for name in part.others))
 
 
 def _value_fold(
@@ -311,3 +337,8 @@ def _mlp_fold(
         reasons[branch.output] = f"{width} inputs do not follow from {source.out_features} rows"
         return None
     return Fold(branch.inputs[-1], (branch.output,), rows=tuple(range(first, first + width)))
+
+
+def _row_fold(linears: Mapping[str, nn.Linear], up: str, down: str) -> Fold:
+    """up rows -> down of one expert, which :func:`~lowbit.mixture.find_mixture` found to be proportional."""
+    return Fold(up, (down,), rows=tuple(range(linears[down].in_features)))

@@ -78,10 +78,7 @@ class RoutedInputs:
         owner = self._owner(linear)
         if owner is None:
             return own.mean(), None
-        if owner not in self._complete:
-            self._complete.add(owner)  # every batch has come by: later passes bring the same tokens again
-            self._ranks.add_up(self._all[owner])
-        everyone = self._all[owner].mean()
+        everyone = self._of_all(owner)
         tokens, module = own.tokens, self._experts[owner].get_submodule(linear.removeprefix(f"{owner}."))
         assert isinstance(module, nn.Linear)
         k = module.in_features
@@ -90,7 +87,18 @@ class RoutedInputs:
         reached = f"starved expert: {tokens} calibration tokens for {k} inputs"
         if linear.endswith(".down_proj"):
             return (own.mean() if tokens else None), f"{reached}; rounded to nearest"
-        blend = everyone * (1 - tokens / k)
+        blend = everyone.mean() * (1 - tokens / k)
         if tokens:
             blend += own.mean() * (tokens / k)
         return blend, f"{reached}; {BLENDED}"
+
+    def everyone(self, linear: str) -> Hessian | None:
+        """Of all tokens of the layer an expert's ``gate_proj`` or ``up_proj`` belongs to; None for other linears."""
+        owner = self._owner(linear)
+        return None if owner is None or linear.endswith(".down_proj") else self._of_all(owner)
+
+    def _of_all(self, owner: str) -> Hessian:
+        if owner not in self._complete:
+            self._complete.add(owner)  # every batch has come by: later passes bring the same tokens again
+            self._ranks.add_up(self._all[owner])
+        return self._all[owner]

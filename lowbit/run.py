@@ -22,7 +22,7 @@ from .walk import Block, BlockInputs, block_stacks, capture_block_inputs, find_b
 
 __all__ = ["ModuleStore", "check_windows", "run", "tensor_bytes"]
 
-_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+_BATCH_BYTES = {"cpu": 4096, "cuda": 32768}  # tokens of a batch times the bytes of one activation
 
 
 def run(
@@ -88,12 +88,13 @@ def check_windows(windows: int, ranks: Ranks) -> None:
 
 
 def _block_inputs(model: nn.Module, blocks: Sequence[Block], tokens: Tensor, how: Calibration) -> BlockInputs:
-    embedding_device = next(model.parameters()).device
-    rows = max(1, _BATCH_TOKENS.get(how.device.type, _BATCH_TOKENS["cuda"]) // tokens.shape[1])
+    embedding = next(model.parameters())
+    batch_tokens = _BATCH_BYTES.get(how.device.type, _BATCH_BYTES["cuda"]) // embedding.element_size()
+    rows = max(1, batch_tokens // tokens.shape[1])
     batches = tokens.split(rows)
     if len(batches) < how.ranks.count:  # no rank is left without
         batches = tokens.split(len(tokens) // how.ranks.count)
-    return capture_block_inputs(model, blocks, [batches[i].to(embedding_device) for i in how.ranks.share(len(batches))])
+    return capture_block_inputs(model, blocks, [batches[i].to(embedding.device) for i in how.ranks.share(len(batches))])
 
 
 def _measure(model: nn.Module, plan: Plan, tokens: Tensor, how: Calibration, smooth: float | None) -> InputRanges:
@@ -150,5 +151,6 @@ class ModuleStore:
 
 
 def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers, each counted once however many names it has."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -18,24 +18,24 @@ Both are measured on the unquantized model, block by block, on the compute devic
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .affine import QuantizedWeight
 from .distributed import ALONE, Ranks
-from .fold import apply_fold, exact_folds
+from .fold import apply_fold, exact_folds, in_float32
 from .linear import Int8Linear, QuantLinear
-from .mappings import Fold, reasons_without_fold, resolve
+from .mappings import NOT_QUANTIZED, Fold, reasons_without_fold, resolve
 from .walk import Block, BlockInputs, call_block, linear_groups, linears, to_device
 
-__all__ = ["InputRanges", "StaticScale", "measure_inputs", "smooth_scales"]
+__all__ = ["UNREACHED", "InputRanges", "StaticScale", "measure_inputs", "smooth_scales"]
 
+UNREACHED = "no calibration token reached it"
 _TOP = 127
 _SMALLEST_FACTOR, _FACTORS = 0.3, 15
 _CHUNK = 2**20  # inputs whose candidates are compared at a time
@@ -210,6 +210,8 @@ class _Work:
         largest: dict[str, Tensor] = {}
 
         def take(name: str, x: Tensor) -> None:
+            if not x.numel():  # an expert that nothing in this batch is routed to
+                return
             found = x.detach().reshape(-1, x.shape[-1]).abs().amax(0).float()
             largest[name] = torch.maximum(largest[name], found) if name in largest else found
 
@@ -225,22 +227,41 @@ class _Work:
         return {name: largest[group[0]] for group in self.groups for name in group if group[0] in largest}
 
     def smooth(self, alpha: float, model_type: str) -> None:
+        """Find the scales of every fold of the block and move them, in place; note what was smoothed and what not.
+
+        Readers of one tensor share its scales. The experts of a layer are such readers: their maxima are taken over the
+        tokens of all of them.
+
+        Args:
+            alpha: migration strength, 0 to 1.
+            model_type: ``config.model_type``, as :func:`lowbit.mappings.resolve` takes it.
+
+        Raises:
+            ValueError: an input is NaN or infinite.
+        """
         block, maxima = self.block.module, self.maxima()
         reasons = reasons_without_fold(block, model_type)
-        with _in_float32(block):
-            folds = [fold for fold in resolve(block, model_type) if all(name in maxima for name in fold.balance)]
+        with in_float32(block):
+            folds = []
+            for fold in resolve(block, model_type):
+                if self.wanted.issuperset(fold.balance) and any(name in maxima for name in fold.balance):
+                    folds.append(fold)
+                else:
+                    why = NOT_QUANTIZED if not self.wanted.issuperset(fold.balance) else UNREACHED
+                    reasons.update(dict.fromkeys(fold.balance, why))
             good, bad = self.ranks.first(lambda: exact_folds(block, folds, *self._one_batch()))
             for fold in bad:
                 why = f"moving a scale into {fold.smooth} changed the block's output"
                 reasons.update(dict.fromkeys(fold.balance, why))
             for fold in good:
-                self._smooth_fold(fold, maxima[fold.balance[0]], alpha)
+                found = torch.stack([maxima[name] for name in fold.balance if name in maxima]).amax(0)
+                self._smooth_fold(fold, found, alpha)
         smoothed = {name for fold in good for name in fold.balance}
         for name in sorted(self.wanted):
             if name in smoothed:
                 self.found.smoothed.append(self.full(name))
             else:
-                self.found.reasons[self.full(name)] = reasons.get(name, "a linear that reads the same is not quantized")
+                self.found.reasons[self.full(name)] = reasons[name]
 
     def _smooth_fold(self, fold: Fold, maxima: Tensor, alpha: float) -> None:
         weights = [self.modules[name].weight for name in fold.balance]
@@ -254,6 +275,11 @@ class _Work:
         return (args, {**kwargs, "hidden_states": hidden}) if self.inputs.keyword else ((hidden, *args), kwargs)
 
     def static_scales(self) -> None:
+        """Find the static input scale of every linear of the block; linears that read one tensor get one.
+
+        Raises:
+            ValueError: no token reached a linear, so nothing is known of its inputs; or they are NaN or infinite.
+        """
         maxima = self.maxima()
         missing = sorted(self.wanted - set(maxima))
         if missing:
@@ -272,16 +298,3 @@ class _Work:
 
 def _wide(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-@contextmanager
-def _in_float32(block: nn.Module) -> Iterator[None]:
-    """Parameters and buffers in float32 while open; afterwards each is rounded once to the dtype it had."""
-    dtypes = {t: t.dtype for t in (*block.parameters(), *block.buffers()) if t.is_floating_point()}
-    for tensor in dtypes:
-        tensor.data = tensor.data.float()
-    try:
-        yield
-    finally:
-        for tensor, dtype in dtypes.items():
-            tensor.data = tensor.data.to(dtype)

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .blocks import Block, block_stacks, find_blocks, is_encoder_decoder, linears
+from .causal import CausalSlices
 
 __all__ = [
     "Block",
@@ -324,6 +325,11 @@ class BlockRun:
         self._read[batch] = {}
         return run
 
+    @staticmethod
+    def _resume(run: greenlet) -> Any:
+        with CausalSlices():  # not around the whole run: it would sit in the way of the calibrators' small operations
+            return run.switch()
+
     def _release(self, stage: int, batch: int, x: Tensor) -> None:
         """Empty what this batch will not read again; should the trace be wrong, the empty shape fails loudly."""
         read = self._read[batch]
@@ -337,7 +343,7 @@ class BlockRun:
         """Inputs ``(tokens, K)`` of the stage's linears for one batch; stages must be asked for in increasing order."""
         run = self._halted.pop(batch) if batch in self._halted else self._start(batch)
         while True:
-            reached = run.switch()
+            reached = self._resume(run)
             if run.dead:
                 raise RuntimeError(
                     f"block {self._index} ended before its stage {stage}: it does not run as it was traced"
@@ -365,7 +371,7 @@ class BlockRun:
         run = self._halted.pop(batch) if batch in self._halted else self._start(batch)
         output = None
         while not run.dead:
-            output = run.switch()
+            output = self._resume(run)
         self._running.discard(run)
         assert isinstance(output, Tensor)
         self._inputs.hidden[batch].copy_(output)  # in place: new tensors for every block fragment the heap

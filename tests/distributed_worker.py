@@ -37,6 +37,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "awq+gptq": ("llama", {**WIDE, "method": "awq+gptq"}),
     "awq": ("llama", {**WIDE, "method": "awq"}),
     "experts": ("mixtral", {**WIDE, "seq_len": 32, "samples": 34}),
+    "awq experts": ("mixtral", {**WIDE, "seq_len": 32, "samples": 34, "method": "awq"}),
     "static": ("llama", {**WIDE, "bits": 8, "group_size": None, "activations": "int8-static", "smooth": 0.5}),
     "few windows": (str(BOOKS_4M), {**SMALL, "seq_len": 128, "group_size": 64, "dtype": "float32"}),
     "no data": ("llama", {"method": "rtn", "group_size": 32, "verbose": False}),

@@ -13,7 +13,7 @@ from lowbit.affine import dequantize, minmax_grid, quantize_to_grid, round_scale
 from lowbit.calib import gptq
 from lowbit.calib.gptq import DAMP_LADDER, factorize, gptq_quantize
 from lowbit.calib.hessian import CrossMoment, Hessian, corrected_target, output_loss
-from lowbit.calib.rtn import rtn_quantize, search_grid
+from lowbit.calib.rtn import rtn_quantize, search_grid, search_grids
 from lowbit.spec import BITS, QuantSpec
 
 SPECS = [QuantSpec(bits, 32, symmetric) for bits in BITS for symmetric in (True, False)]
@@ -107,7 +107,9 @@ def test_the_corrected_target_is_the_least_squares_weight():
     expected = torch.linalg.lstsq(y.double(), x.double() @ w.double().t()).solution.t()
     torch.testing.assert_close(target.double(), expected, rtol=2e-3, atol=2e-4)
     damped = moments.target(w)
-    torch.testing.assert_close(damped, corrected_target(w, cross, hessian, damp_frac=64 / 512), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        damped, corrected_target(w, cross, hessian, damp_frac=2 * 64 / 512), rtol=1e-3, atol=1e-5
+    )
     error = [float(((y @ t.t() - x @ w.t()) ** 2).mean()) for t in (w, damped, target)]
     assert error[2] <= error[1] < error[0]
 
@@ -192,6 +194,18 @@ def test_rounding_is_deterministic_and_in_range(data):
     assert torch.equal(qw.codes, again.codes)
     assert torch.equal(qw.scales, again.scales)
     assert int(qw.codes.max()) <= spec.max_code
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_grids_searched_together_are_those_searched_apart(bits, symmetric):
+    weight, spec = _weight(n=40, k=256), QuantSpec(bits, 64, symmetric=symmetric)
+    importances = (None, torch.rand(256), torch.rand(256) ** 4)
+    together = search_grids(weight, spec, importances, scale_dtype=torch.bfloat16)
+    for (scales, zeros), importance in zip(together, importances, strict=True):
+        expected_scales, expected_zeros = search_grid(weight, spec, importance, scale_dtype=torch.bfloat16)
+        assert torch.equal(scales, expected_scales)
+        assert (zeros is None and expected_zeros is None) or torch.equal(zeros, expected_zeros)
 
 
 def test_importance_of_a_wrong_length_is_an_error():

@@ -312,11 +312,14 @@ def test_an_environment_that_makes_no_sense(monkeypatch, variables, named):
         pass
 
 
-def test_sigterm_ends_a_rank_in_order_and_no_other_process(monkeypatch):
+def test_sigterm_ends_a_process_in_order(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     before = signal.getsignal(signal.SIGTERM)
-    with terminable():
-        assert signal.getsignal(signal.SIGTERM) is before and is_first()
+    with pytest.raises(Terminated, match=r"^terminated$"), terminable():
+        assert is_first()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    assert signal.getsignal(signal.SIGTERM) is before
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert not is_first()

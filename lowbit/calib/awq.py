@@ -22,7 +22,7 @@ from ..affine import QuantizedWeight, dequantize, minmax_grid, quantize_to_grid,
 from ..spec import QuantSpec
 from .hessian import output_loss
 
-__all__ = ["AwqScales", "GridFn", "awq_quantize", "scale_hessian", "search_clip", "search_scales"]
+__all__ = ["AwqScales", "GridFn", "ScaleSearch", "awq_quantize", "scale_hessian", "search_clip", "search_scales"]
 
 GridFn = Callable[[Tensor, Tensor, QuantSpec], tuple[Tensor, Tensor | None]]
 """``(weight (N, K), hessian (K, K), spec) -> (scales (N, G), zeros (N, G) uint8 or None)``, as :func:`search_clip`."""
@@ -92,6 +92,84 @@ def quick_clip(weight: Tensor, hessian: Tensor, spec: QuantSpec) -> tuple[Tensor
     return search_clip(weight, hessian, spec, steps=8, rounds=1)
 
 
+class ScaleSearch:
+    """Best per-channel scales among ``a^alpha`` and ``a^alpha / w^(1 - alpha)``, alpha in ``[0, 1]`` (section 3.2).
+
+    ``a`` is the magnitude of the input channel, ``w`` the mean over all rows of ``|W| / max|W| in its group``. Every
+    candidate is divided by ``sqrt(max * min)`` and scored by the full-Hessian output error of all weights together.
+    No scaling is one of the candidates and wins ties.
+
+    The weights come one after the other, each with the Hessian of the tokens it reads, of which only one is needed at
+    a time: the experts of a layer share the scales of their common input, but not their tokens.
+
+    Args:
+        weights: all ``(N_i, K)`` floating-point weights that will be added, here for their magnitude alone.
+        magnitude: ``(K,)`` non-negative magnitude of the input, in the dtype to compute in.
+        grid: alpha takes the values ``i / grid`` for ``i = 0 .. grid``.
+        channels: ``(K,)`` int64 ids; columns of one id get one scale (grouped-query attention, where several columns
+            of ``o_proj`` read the same row of ``v_proj``). Default: every column its own.
+        grid_fn: quantization grid of a scaled weight.
+        part: ``(i, n)`` tries every n-th candidate only, from the i-th on: of the results of all i the one of least
+            ``(loss, alpha, duo)`` is the result of the whole search.
+
+    Raises:
+        ValueError: no weights, a shape that does not fit, a grid below 1.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        magnitude: Tensor,
+        spec: QuantSpec,
+        *,
+        grid: int = 20,
+        channels: Tensor | None = None,
+        grid_fn: GridFn = quick_clip,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
+        if magnitude.ndim != 1:
+            raise ValueError(f"magnitude must be (K,), got {tuple(magnitude.shape)}")
+        _check_weights(weights, magnitude.shape[0], spec)
+        if grid < 1:
+            raise ValueError(f"grid must be at least 1, got {grid}")
+        self._spec, self._grid_fn = spec, grid_fn
+        act, wgt = _tie(magnitude, channels), _tie(_weight_magnitude(weights, spec), channels)
+        # Without the first, which is no scaling, and the last, which without duo is the same.
+        tried = [(step / grid, duo) for step in range(grid + 1) for duo in (False, True)][1:-1][part[0] :: part[1]]
+        self._candidates = [(torch.ones_like(act), 0.0, False)]
+        for alpha, duo in tried:
+            scales = _normalised(act.pow(alpha) / wgt.pow(1 - alpha) if duo else act.pow(alpha))
+            self._candidates.append((scales, alpha, duo))
+        self._losses = [0.0] * len(self._candidates)
+
+    def add(self, weights: Sequence[Tensor], hessian: Tensor, factors: Sequence[float] | None = None) -> None:
+        """Score every candidate on weights that read the same tokens.
+
+        Args:
+            weights: ``(N_i, K)`` each.
+            hessian: ``(K, K)``, ``X^T X / tokens`` of their input, in the dtype to compute in.
+            factors: one per weight on its part of the loss, such as the share of the tokens it reads. Default: ones.
+
+        Raises:
+            ValueError: no weights, a shape that does not fit, or a Hessian that is not finite.
+        """
+        _check_inputs(weights, hessian, self._spec)
+        factors = [1.0] * len(weights) if factors is None else factors
+        for i, (scales, _, _) in enumerate(self._candidates):
+            losses = [
+                f * _rtn_loss(w, scales, hessian, self._spec, self._grid_fn)
+                for f, w in zip(factors, weights, strict=True)
+            ]
+            self._losses[i] += float(torch.stack(losses).sum())
+
+    def best(self) -> AwqScales:
+        """The candidate of least loss over all that was added."""
+        rtn_loss = self._losses[0]
+        found = min(range(len(self._losses)), key=self._losses.__getitem__)
+        scales, alpha, duo = self._candidates[found]
+        return AwqScales(scales, alpha, duo, self._losses[found], rtn_loss)
+
+
 def search_scales(
     weights: Sequence[Tensor],
     hessian: Tensor,
@@ -104,53 +182,27 @@ def search_scales(
     grid_fn: GridFn = quick_clip,
     part: tuple[int, int] = (0, 1),
 ) -> AwqScales:
-    """Best per-channel scales among ``a^alpha`` and ``a^alpha / w^(1 - alpha)``, alpha in ``[0, 1]`` (section 3.2).
-
-    ``a`` is the magnitude of the input channel, ``w`` the mean over all rows of ``|W| / max|W| in its group``. Every
-    candidate is divided by ``sqrt(max * min)`` and scored by the full-Hessian output error of all weights together.
-    No scaling is one of the candidates and wins ties.
+    """:class:`ScaleSearch` over weights that all read the same tokens.
 
     Args:
         weights: the ``(N_i, K)`` floating-point weights that read this input.
         hessian: ``(K, K)``, ``X^T X / tokens`` of the input, in the dtype to compute in.
-        grid: alpha takes the values ``i / grid`` for ``i = 0 .. grid``.
         act_magnitude: ``(K,)`` non-negative, e.g. mean ``|x|``. Default: ``sqrt(E[x^2])``, the Hessian's diagonal.
-        channels: ``(K,)`` int64 ids; columns of one id get one scale (grouped-query attention, where several columns
-            of ``o_proj`` read the same row of ``v_proj``). Default: every column its own.
         loss_weights: one factor per weight on its part of the loss. Default: ones.
-        grid_fn: quantization grid of a scaled weight.
-        part: ``(i, n)`` tries every n-th candidate only, from the i-th on: of the results of all i the one of least
-            ``(loss, alpha, duo)`` is the result of the whole search.
+        grid, channels, grid_fn, part: as there.
 
     Raises:
         ValueError: no weights, a shape that does not fit, a grid below 1, or a Hessian that is not finite.
     """
     _check_inputs(weights, hessian, spec)
-    if grid < 1:
-        raise ValueError(f"grid must be at least 1, got {grid}")
-    factors = [1.0] * len(weights) if loss_weights is None else list(loss_weights)
-    if len(factors) != len(weights):
-        raise ValueError(f"loss_weights must have one factor per weight ({len(weights)}), got {len(factors)}")
+    if loss_weights is not None and len(loss_weights) != len(weights):
+        raise ValueError(f"loss_weights must have one factor per weight ({len(weights)}), got {len(loss_weights)}")
     magnitude = hessian.diagonal().clamp(min=0).sqrt() if act_magnitude is None else act_magnitude.to(hessian)
     if magnitude.shape != (hessian.shape[0],):
         raise ValueError(f"act_magnitude must be ({hessian.shape[0]},), got {tuple(magnitude.shape)}")
-    act, wgt = _tie(magnitude, channels), _tie(_weight_magnitude(weights, spec), channels)
-
-    def loss_of(scales: Tensor) -> float:
-        losses = [f * _rtn_loss(w, scales, hessian, spec, grid_fn) for f, w in zip(factors, weights, strict=True)]
-        return float(torch.stack(losses).sum())
-
-    identity = torch.ones_like(act)
-    rtn_loss = loss_of(identity)
-    best = AwqScales(identity, 0.0, False, rtn_loss, rtn_loss)
-    # Without its first, which is no scaling, and its last, which without duo is the same.
-    candidates = [(step / grid, duo) for step in range(grid + 1) for duo in (False, True)][1:-1]
-    for alpha, duo in candidates[part[0] :: part[1]]:
-        scales = _normalised(act.pow(alpha) / wgt.pow(1 - alpha) if duo else act.pow(alpha))
-        loss = loss_of(scales)
-        if loss < best.loss:
-            best = AwqScales(scales, alpha, duo, loss, rtn_loss)
-    return best
+    search = ScaleSearch(weights, magnitude, spec, grid=grid, channels=channels, grid_fn=grid_fn, part=part)
+    search.add(weights, hessian, loss_weights)
+    return search.best()
 
 
 def awq_quantize(
@@ -190,17 +242,21 @@ def awq_quantize(
 
 
 def _check_inputs(weights: Sequence[Tensor], hessian: Tensor, spec: QuantSpec) -> None:
-    if not weights:
-        raise ValueError("weights must hold at least one (N, K) tensor, got none")
     k = hessian.shape[0]
     if hessian.ndim != 2 or hessian.shape[1] != k or not hessian.is_floating_point():
         raise ValueError(f"hessian must be (K, K) floating point, got {tuple(hessian.shape)} {hessian.dtype}")
-    for w in weights:
-        if w.ndim != 2 or w.shape[1] != k or w.shape[0] == 0:
-            raise ValueError(f"a weight must be (N, {k}) with N > 0 as the Hessian is {k} wide, got {tuple(w.shape)}")
-    spec.num_groups(k)
+    _check_weights(weights, k, spec)
     if not bool(torch.isfinite(hessian).all()):
         raise ValueError("hessian holds NaN or infinite values; the calibration inputs were not finite")
+
+
+def _check_weights(weights: Sequence[Tensor], k: int, spec: QuantSpec) -> None:
+    if not weights:
+        raise ValueError("weights must hold at least one (N, K) tensor, got none")
+    for w in weights:
+        if w.ndim != 2 or w.shape[1] != k or w.shape[0] == 0:
+            raise ValueError(f"a weight must be (N, {k}) with N > 0 as its input is {k} wide, got {tuple(w.shape)}")
+    spec.num_groups(k)
 
 
 def _row_chunks(x: Tensor) -> Iterator[Tensor]:

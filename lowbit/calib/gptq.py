@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..affine import QuantizedWeight, dequantize, round_scales
+from ..affine import QuantizedWeight, dequantize, quantize_to_grid, round_scales
 from ..spec import QuantSpec
 from .hessian import output_loss
-from .rtn import rtn_quantize, search_grid
+from .rtn import search_grids
 
 __all__ = ["DAMP_LADDER", "Factor", "GptqResult", "factorize", "gptq_quantize"]
 
@@ -281,9 +281,10 @@ def gptq_quantize(
     def losses(candidate: QuantizedWeight) -> Tensor:
         return output_loss(dequantize(candidate), W, hessian)
 
-    rtn = rtn_quantize(weight, spec, hessian.diagonal(), scale_dtype=scale_dtype)
+    importances = hessian.diagonal(), factor.column_cost
+    nearest, (scales, zeros) = search_grids(weight, spec, importances, scale_dtype=scale_dtype)
+    rtn = quantize_to_grid(weight, *nearest, spec)
     rtn_loss = losses(rtn)
-    scales, zeros = search_grid(weight, spec, factor.column_cost, scale_dtype=scale_dtype)
     grid = _Grid(scales, zeros, spec, weight.shape[1])
     codes = _round_columns(W, grid, factor)
     best = QuantizedWeight(codes, grid.stored, zeros, spec)

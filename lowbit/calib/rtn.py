@@ -8,6 +8,7 @@ alternating least squares, which for fixed codes c gives the best scale in close
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +17,13 @@ from torch import Tensor
 from ..affine import QuantizedWeight, minmax_grid, quantize_to_grid, round_scales
 from ..spec import QuantSpec
 
-__all__ = ["rtn_quantize", "search_grid"]
+__all__ = ["rtn_quantize", "search_grid", "search_grids"]
 
 _SMALLEST_SHRINK = {2: 0.25, 3: 0.35, 4: 0.5, 5: 0.6, 6: 0.7, 8: 0.85}
 _SHRINKS = {2: 16, 3: 16, 4: 16, 5: 32, 6: 32, 8: 32}  # the refits make up for a coarser step where scales are coarse
 _REFITS = 4
-_CHUNK = 1 << 22  # weights searched at a time: bounds the temporaries to a few tens of MB
+# Weights searched at a time: bounds the temporaries to a few tens of MB; on a CPU they stay in the cache.
+_CHUNK, _CPU_CHUNK = 1 << 22, 1 << 19
 
 
 @dataclass
@@ -40,20 +42,23 @@ class _BestGrid:
 
 
 class _Search:
-    """One batched search over the groups of some rows."""
+    """One batched search over the groups of some rows, for several importances of the columns at once."""
 
-    def __init__(self, groups: Tensor, importance: Tensor | None, spec: QuantSpec, dtype: torch.dtype) -> None:
+    def __init__(
+        self, groups: Tensor, importances: Sequence[Tensor | None], spec: QuantSpec, dtype: torch.dtype
+    ) -> None:
         self.groups = groups  # (n, G, group_size) float32
-        self.importance = importance  # (1, G, group_size) or None
+        self.importances = importances  # each (1, G, group_size) or None
         self.spec, self.dtype = spec, dtype
         scales, zeros = minmax_grid(groups.flatten(1), spec)
         self.widest = scales
         self.zeros = torch.full_like(scales, spec.mid_code) if zeros is None else zeros.float()
-        self.best = _BestGrid(torch.full_like(scales, torch.inf), scales, self.zeros)
-        self.try_grid(scales, self.zeros)
+        self.best = [_BestGrid(torch.full_like(scales, torch.inf), scales, self.zeros) for _ in importances]
+        self.try_grid(scales, self.zeros, range(len(importances)))
 
-    def _sum(self, x: Tensor) -> Tensor:
-        return (x if self.importance is None else x * self.importance).sum(-1)
+    def _sum(self, x: Tensor, which: int) -> Tensor:
+        importance = self.importances[which]
+        return (x if importance is None else x * importance).sum(-1)
 
     def _steps(self, scales: Tensor, zeros: Tensor) -> Tensor:
         """``code - zero`` of every weight."""
@@ -61,27 +66,64 @@ class _Search:
         codes = (self.groups / scales.unsqueeze(-1)).add_(zeros).round_().clamp_(0, self.spec.max_code)
         return codes.sub_(zeros)
 
-    def try_grid(self, scales: Tensor, zeros: Tensor) -> None:
+    def try_grid(self, scales: Tensor, zeros: Tensor, which: Sequence[int]) -> None:
         scales = round_scales(scales, self.dtype).float()
-        error = self._steps(scales, zeros).mul_(scales.unsqueeze(-1)).sub_(self.groups)
-        self.best.offer(self._sum(error.square_()), scales, zeros)
+        error = self._steps(scales, zeros).mul_(scales.unsqueeze(-1)).sub_(self.groups).square_()
+        for one in which:
+            self.best[one].offer(self._sum(error, one), scales, zeros)
 
-    def try_zeros_around(self, scales: Tensor, zeros: Tensor) -> None:
+    def _shifted(self, zeros: Tensor) -> Iterator[Tensor]:
         for shift in (0,) if self.spec.symmetric else (0, -1, 1):
-            self.try_grid(scales, (zeros + shift).clamp(0, self.spec.max_code))
+            yield (zeros + shift).clamp(0, self.spec.max_code)
 
     def shrink(self) -> None:
         bits = self.spec.bits
         for factor in torch.linspace(1.0, _SMALLEST_SHRINK[bits], _SHRINKS[bits])[1:].tolist():
-            self.try_zeros_around(self.widest * factor, self.zeros)
+            for zeros in self._shifted(self.zeros):
+                self.try_grid(self.widest * factor, zeros, range(len(self.best)))
 
-    def refit(self) -> None:
-        scales, zeros = self.best.scales, self.best.zeros
-        for shift in (0,) if self.spec.symmetric else (0, -1, 1):
-            moved = (zeros + shift).clamp(0, self.spec.max_code)
+    def refit(self, which: int) -> None:
+        scales, zeros = self.best[which].scales, self.best[which].zeros
+        for moved in self._shifted(zeros):
             steps = self._steps(scales, moved)
-            fitted = self._sum(steps * self.groups) / self._sum(steps * steps)
-            self.try_grid(torch.where(fitted > 0, fitted, scales), moved)  # NaN (all codes zero) keeps the scale
+            fitted = self._sum(steps * self.groups, which) / self._sum(steps * steps, which)
+            # NaN (all codes zero) keeps the scale
+            self.try_grid(torch.where(fitted > 0, fitted, scales), moved, (which,))
+
+
+def search_grids(
+    weight: Tensor,
+    spec: QuantSpec,
+    importances: Sequence[Tensor | None],
+    *,
+    scale_dtype: torch.dtype = torch.float32,
+) -> list[tuple[Tensor, Tensor | None]]:
+    """:func:`search_grid` for each of several importances; the candidates they have in common are computed once."""
+    k = weight.shape[1]
+    num_groups = spec.num_groups(k)
+    shaped = [None if h is None else _per_group(h, k, num_groups) for h in importances]
+    rows = max(1, (_CPU_CHUNK if weight.device.type == "cpu" else _CHUNK) // k)
+    found: list[list[_BestGrid]] = []
+    for chunk in weight.float().split(rows):
+        search = _Search(chunk.reshape(chunk.shape[0], num_groups, -1), shaped, spec, scale_dtype)
+        search.shrink()
+        for which in range(len(shaped)):
+            for _ in range(_REFITS):
+                search.refit(which)
+        found.append(search.best)
+    grids: list[tuple[Tensor, Tensor | None]] = []
+    for parts in zip(*found, strict=True):
+        scales = torch.cat([part.scales for part in parts]).to(scale_dtype)
+        zeros = None if spec.symmetric else torch.cat([part.zeros for part in parts]).to(torch.uint8)
+        grids.append((scales, zeros))
+    return grids
+
+
+def _per_group(importance: Tensor, k: int, num_groups: int) -> Tensor:
+    if tuple(importance.shape) != (k,):
+        raise ValueError(f"importance must be ({k},), got {tuple(importance.shape)}")
+    # A group whose columns never fire would compare 0 < 0 forever: the floor lets its weights speak.
+    return importance.float().clamp(min=1e-8 * float(importance.max()) or 1.0).reshape(1, num_groups, -1)
 
 
 def search_grid(
@@ -100,23 +142,7 @@ def search_grid(
     Raises:
         ValueError: the group size does not divide K, or importance is not ``(K,)``.
     """
-    k = weight.shape[1]
-    num_groups = spec.num_groups(k)
-    if importance is not None:
-        if tuple(importance.shape) != (k,):
-            raise ValueError(f"importance must be ({k},), got {tuple(importance.shape)}")
-        # A group whose columns never fire would compare 0 < 0 forever: the floor lets its weights speak.
-        importance = importance.float().clamp(min=1e-8 * float(importance.max()) or 1.0).reshape(1, num_groups, -1)
-    rows = max(1, _CHUNK // k)
-    parts = []
-    for chunk in weight.float().split(rows):
-        search = _Search(chunk.reshape(chunk.shape[0], num_groups, -1), importance, spec, scale_dtype)
-        search.shrink()
-        for _ in range(_REFITS):
-            search.refit()
-        parts.append(search.best)
-    scales = torch.cat([p.scales for p in parts]).to(scale_dtype)
-    return scales, None if spec.symmetric else torch.cat([p.zeros for p in parts]).to(torch.uint8)
+    return search_grids(weight, spec, [importance], scale_dtype=scale_dtype)[0]
 
 
 def rtn_quantize(
