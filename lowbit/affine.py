@@ -23,7 +23,8 @@ class QuantizedWeight:
 
     Attributes:
         codes: ``(N, K)`` uint8, each in ``[0, 2**bits - 1]``.
-        scales: ``(N, G)`` floating point, finite and positive, in the dtype they will be stored in.
+        scales: ``(N, G)`` floating point, finite and not zero, in the dtype they will be stored in. A calibrator's are
+            positive; other tools' files have negative ones.
         zeros: ``(N, G)`` uint8 in ``[0, 2**bits - 1]``, or None for a symmetric spec.
         spec: the grid.
 

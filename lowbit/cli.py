@@ -116,25 +116,11 @@ def quantize_command(
 
         with terminable():
             report = lowbit.quantize(
-                model,
-                out,
-                bits,
-                group_size=group_size,
-                symmetric=symmetric,
-                activations=activations,
-                smooth=smooth,
-                method=method,
-                calibration=calibration,
-                samples=samples,
-                seq_len=seq_len,
-                ignore=tuple(ignore or ()),
-                device=device,
-                dtype=dtype,
-                seed=seed,
-                overwrite=overwrite,
-                allow_partial=allow_partial,
+                model, out, bits, group_size=group_size, symmetric=symmetric, activations=activations, smooth=smooth,
+                method=method, calibration=calibration, samples=samples, seq_len=seq_len, ignore=tuple(ignore or ()),
+                device=device, dtype=dtype, seed=seed, overwrite=overwrite, allow_partial=allow_partial,
                 trust_remote_code=trust_remote_code,
-            )
+            )  # fmt: skip
         if is_first():
             emit(report.to_dict(), None)  # quantize() has printed its summary
 
@@ -158,15 +144,23 @@ def eval_command(
 ) -> None:
     """Measure MODEL's perplexity on a text, and with --base what quantization changed."""
     with _reporting(context, as_json) as emit:
-        from lowbit.data import load_text
+        from lowbit.data import check_cut, load_text
+        from lowbit.dtypes import parse_dtype
+        from lowbit.hf import parse_device, resolve
 
-        text = load_text(data, "test")  # before the model: a mistyped path should not cost a minute
-        loaded, tokenizer = lowbit.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        # What is quick to refuse comes first: a mistyped word should cost neither a data set's download nor a minute.
+        parse_dtype(dtype)
+        parse_device(device)
+        check_cut(2 if seq_len is None else seq_len, max_windows)
+        folder = resolve(model, trust_remote_code=trust_remote_code)
+        base_folder = None if base is None else resolve(base, trust_remote_code=trust_remote_code)
+        text = load_text(data, "test")
+        loaded, tokenizer = lowbit.load(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         result = lowbit.evaluate(
             loaded,
             tokenizer,
             text,
-            base=base,
+            base=base_folder,
             seq_len=seq_len,
             max_windows=max_windows,
             trust_remote_code=trust_remote_code,
@@ -221,19 +215,10 @@ def serve_command(
         from lowbit.hf.serve import Settings, serve
 
         settings = Settings(
-            host=host,
-            port=port,
-            continuous_batching=continuous_batching,
-            device=device,
-            dtype=dtype,
-            chat_template=chat_template,
-            cache_blocks=cache_blocks,
-            batch_tokens=batch_tokens,
-            max_body=max_body,
-            grace=grace,
-            log_level=log_level,
-            trust_remote_code=trust_remote_code,
-        )
+            host=host, port=port, continuous_batching=continuous_batching, device=device, dtype=dtype,
+            chat_template=chat_template, cache_blocks=cache_blocks, batch_tokens=batch_tokens, max_body=max_body,
+            grace=grace, log_level=log_level, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
         serve(model, settings, announce)
 
 
@@ -276,7 +261,10 @@ def convert_command(
 ) -> None:
     """Write the packed checkpoint IN in another format, without loss."""
     with _reporting(context, as_json) as emit:
-        report = lowbit.convert(model, out, to, dtype=dtype, overwrite=overwrite)
+        from lowbit.distributed import terminable
+
+        with terminable():
+            report = lowbit.convert(model, out, to, dtype=dtype, overwrite=overwrite)
         emit(report.to_dict(), str(report))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +22,8 @@ from .checkpoint import (
     quantization_config,
     read_checkpoint,
 )
-from .expand import DenseLayout, dense_tensors, is_merged
+from .dtypes import DTYPES, dtype_name, parse_dtype
+from .expand import DenseLayout, dense_tensors, expand, is_merged
 from .formats.awq import awq_config, awq_tensors, check_awq
 from .formats.compressed import CompressedFormat
 from .formats.gptq import check_gptq, gptq_config, gptq_tensors
@@ -32,7 +34,6 @@ __all__ = ["TARGETS", "ConversionReport", "Target", "convert"]
 Target = Literal["compressed-tensors", "gptq", "gptq-v2", "awq", "dense"]
 TARGETS: tuple[str, ...] = get_args(Target)
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _VERSIONS = {"gptq": 1, "gptq-v2": 2}
 _SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 # Written anew, or true of the source only.
@@ -105,16 +106,12 @@ def convert(
         FileNotFoundError: no such folder or model.
         FileExistsError: the output exists.
         ValueError: an unknown target or dtype, a source that is not packed, damaged or of a format lowbit does not
-            read, or something the target cannot hold; names the layer and what it is.
+            read, or something that the target or the dtype cannot hold; names the layer and what it is.
     """
     if to not in TARGETS:
         raise ValueError(f"the target must be one of {', '.join(TARGETS)}, got {to!r}")
-    wanted = _parse_dtype(dtype)
-    folder = Path(source)
-    if not folder.is_dir():
-        from .hf import resolve  # only here: a local folder is converted without importing transformers
-
-        folder = resolve(source)
+    wanted = parse_dtype(dtype)
+    folder = _folder(source)
     check_output(out, folder, overwrite)
     checkpoint = read_checkpoint(folder)
     error = _check_target(checkpoint, to, wanted)
@@ -138,34 +135,35 @@ def convert(
             read=checkpoint.format.label,
             written=to,
             layers=len(checkpoint.linears),
-            dtype=None if wanted is None else _name(wanted),
+            dtype=None if wanted is None else dtype_name(wanted),
             scale_error=error,
             tensor_bytes=(before, after),
             notes=_notes(checkpoint, to),
         )
-        record = {key: value for key, value in (checkpoint.record or {}).items() if key != "lowbit_version"}
-        done = {"from": report.read, "to": to, "dtype": report.dtype, "scale_error": error}
-        writer.finish({"model": folder.name, **record, "conversion": done})
+        writer.finish({"model": folder.name, **_record(checkpoint, report)})
     return report
+
+
+def _folder(source: str | os.PathLike[str]) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    from .hf import resolve  # only here: a local folder is converted without importing transformers
+
+    return resolve(source)
+
+
+def _record(checkpoint: Checkpoint, report: ConversionReport) -> dict[str, Any]:
+    """The source's lowbit.json, where it has one, and what this conversion did."""
+    record = {key: value for key, value in (checkpoint.record or {}).items() if key != "lowbit_version"}
+    done = {"from": report.read, "to": report.written, "dtype": report.dtype, "scale_error": report.scale_error}
+    return {**record, "conversion": done}
 
 
 def _layout(folder: Path) -> DenseLayout:
     from .hf.dense import dense_layout  # only for dense: the others are converted without importing transformers
 
     return dense_layout(folder) or DenseLayout()
-
-
-def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    if dtype == "auto":
-        return None
-    parsed = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if parsed not in _DTYPES.values():
-        raise ValueError(f"dtype must be auto, {', '.join(_DTYPES)}, got {str(dtype)!r}")
-    return parsed
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _check_target(checkpoint: Checkpoint, to: str, dtype: torch.dtype | None) -> float:
@@ -186,7 +184,30 @@ def _check_target(checkpoint: Checkpoint, to: str, dtype: torch.dtype | None) ->
         if to != "dense":
             scales = checkpoint.scales(name)
             error = max(error, _relative_change(name, scales, _stored_scales(name, scales, to, dtype)))
+        elif _may_leave_range(checkpoint, linear, wide := dtype or _dense_dtype(checkpoint)):
+            _check_range(f"{name}.weight", expand(checkpoint.stored_weight(name)), wide)
+    for name, info in checkpoint.dense.items():
+        if dtype is not None and info.dtype.is_floating_point and _largest(info.dtype) > _largest(dtype):
+            _check_range(name, checkpoint.tensor(name), dtype)
     return error
+
+
+def _largest(dtype: torch.dtype) -> float:
+    return float(torch.finfo(dtype).max)
+
+
+def _may_leave_range(checkpoint: Checkpoint, linear: PackedLinear, dtype: torch.dtype) -> bool:
+    """Whether a weight of the layer could be too large for ``dtype``, by its scales: ``|code - zero| <= max_code``."""
+    return float(checkpoint.scales(linear.name).abs().max()) * linear.spec.max_code > _largest(dtype)
+
+
+def _check_range(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    lost = tensor[torch.isfinite(tensor) & ~torch.isfinite(tensor.to(dtype))]
+    if lost.numel():
+        raise ValueError(
+            f"{name}: {lost.numel()} of {tensor.numel()} values are out of the range of {dtype_name(dtype)}, such as "
+            f"{float(lost[0]):.4g}; choose another dtype"
+        )
 
 
 def _stored_scales(name: str, scales: Tensor, to: str, dtype: torch.dtype | None) -> Tensor:
@@ -206,7 +227,7 @@ def _stored_scales(name: str, scales: Tensor, to: str, dtype: torch.dtype | None
 
 def _relative_change(name: str, scales: Tensor, stored: Tensor) -> float:
     if not bool((torch.isfinite(stored) & (stored != 0)).all()):
-        raise ValueError(f"{name}: its scales are out of the range of {_name(stored.dtype)}")
+        raise ValueError(f"{name}: its scales are out of the range of {dtype_name(stored.dtype)}")
     change = (stored.double() - scales.double()).abs() / scales.double().abs()
     return float(change.max())
 
@@ -244,7 +265,8 @@ def _tensors(
     layout: DenseLayout,
 ) -> Iterator[tuple[str, Tensor]]:
     if to == "dense":
-        yield from dense_tensors(checkpoint, layout, dtype or _dense_dtype(checkpoint), layers)
+        for name, tensor in dense_tensors(checkpoint, layout, dtype or _dense_dtype(checkpoint), layers):
+            yield name, tensor if dtype is None else tensor.to(dtype)  # merged experts' biases are not weights
     else:
         write = _WRITERS[to]
         for linear in layers:
@@ -271,8 +293,8 @@ def _dense_dtype(checkpoint: Checkpoint) -> torch.dtype:
     text = checkpoint.config.get("text_config")
     for config in (checkpoint.config, text if isinstance(text, Mapping) else {}):
         named = config.get("dtype", config.get("torch_dtype"))
-        if isinstance(named, str) and named in _DTYPES:
-            return _DTYPES[named]
+        if isinstance(named, str) and named in DTYPES:
+            return DTYPES[named]
     return next(iter(checkpoint.linears.values())).scale_dtype
 
 
@@ -283,7 +305,7 @@ def _config(checkpoint: Checkpoint, section: Mapping[str, Any] | None, dtype: to
         fields = {key: value for key, value in config.items() if key != "quantization_config"}
         for key in ("dtype", "torch_dtype"):
             if dtype is not None and key in fields:
-                fields[key] = _name(dtype)
+                fields[key] = dtype_name(dtype)
         return fields
 
     config = changed(checkpoint.config)
@@ -299,6 +321,9 @@ def _copy_companions(folder: Path, writer: CheckpointWriter) -> None:
             continue
         if not path.name.endswith(".safetensors.index.json"):
             writer.add_file(path)
+    templates = folder / "additional_chat_templates"  # of a tokenizer that has several
+    if templates.is_dir():
+        shutil.copytree(templates, writer.path / templates.name, copy_function=shutil.copyfile)
 
 
 def _notes(checkpoint: Checkpoint, to: str) -> tuple[str, ...]:

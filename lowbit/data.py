@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["TextSource", "check_vocabulary", "load_text", "token_windows"]
+__all__ = ["TextSource", "check_cut", "check_vocabulary", "load_text", "token_windows"]
 
 WIKITEXT2 = "Salesforce/wikitext:wikitext-2-raw-v1"
 """What the short name ``wikitext2`` stands for on the hub."""
@@ -91,10 +91,7 @@ def token_windows(tokenizer: Any, text: str, seq_len: int, max_windows: int | No
         ValueError: ``seq_len`` or ``max_windows`` is out of range, the tokenizer is None, or the text is shorter than
             one window.
     """
-    if type(seq_len) is not int or seq_len < 2:
-        raise ValueError(f"seq_len must be an integer of at least 2 tokens, got {seq_len!r}")
-    if max_windows is not None and (type(max_windows) is not int or max_windows < 1):
-        raise ValueError(f"max_windows must be a positive integer or None, got {max_windows!r}")
+    check_cut(seq_len, max_windows)
     if tokenizer is None:
         raise ValueError(
             "there is no tokenizer: the model's folder has no tokenizer files (tokenizer.json or the like)"
@@ -106,6 +103,18 @@ def token_windows(tokenizer: Any, text: str, seq_len: int, max_windows: int | No
         raise ValueError(f"the text has {ids.numel()} tokens, which is shorter than one window of {seq_len} tokens")
     windows = ids[: count * seq_len].view(count, seq_len)
     return windows if max_windows is None else windows[:max_windows]
+
+
+def check_cut(seq_len: int, max_windows: int | None = None) -> None:
+    """Refuses lengths and numbers of windows that no text can be cut into; callers ask before they fetch one.
+
+    Raises:
+        ValueError: ``seq_len`` is not an integer of at least 2, or ``max_windows`` neither None nor a positive one.
+    """
+    if type(seq_len) is not int or seq_len < 2:
+        raise ValueError(f"seq_len must be an integer of at least 2 tokens, got {seq_len!r}")
+    if max_windows is not None and (type(max_windows) is not int or max_windows < 1):
+        raise ValueError(f"max_windows must be a positive integer or None, got {max_windows!r}")
 
 
 def check_vocabulary(windows: torch.Tensor, vocab_size: int) -> None:

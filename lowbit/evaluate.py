@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from .data import TextSource, check_vocabulary, load_text, token_windows
+from .data import TextSource, check_cut, check_vocabulary, load_text, token_windows
+from .dtypes import dtype_name
 from .progress import track
 
 __all__ = ["DEFINITION", "EvalResult", "context_length", "evaluate"]
@@ -116,26 +117,24 @@ def evaluate(
         OSError: the text or the base model cannot be read.
     """
     _check_causal(model)
-    context = context_length(model)
-    if seq_len is None:
-        seq_len = min(MAX_SEQ_LEN, context)
-    elif type(seq_len) is int and seq_len > context:
-        raise ValueError(f"seq_len {seq_len} exceeds the model's context of {context} tokens")
+    seq_len = _window_length(model, seq_len)
+    check_cut(seq_len, max_windows)
+    if isinstance(base, (str, os.PathLike)):
+        from .hf import resolve
+
+        # before the text: a mistyped base should not cost a data set's download
+        base = resolve(base, trust_remote_code=trust_remote_code)
     source = data if isinstance(data, TextSource) else load_text(data, "test")
     windows = token_windows(tokenizer, source.text, seq_len, max_windows)
-    embedding = model.get_input_embeddings()
-    check_vocabulary(windows, embedding.weight.shape[0])
-    dtype = str(embedding.weight.dtype).removeprefix("torch.")
-    if isinstance(base, (str, os.PathLike)):
+    weight = model.get_input_embeddings().weight
+    check_vocabulary(windows, weight.shape[0])
+    dtype = dtype_name(weight.dtype)
+    if isinstance(base, os.PathLike):
         from .hf import load
 
-        where = str(embedding.weight.device)
-        base, _ = load(os.fspath(base), device=where, dtype=dtype, trust_remote_code=trust_remote_code)
+        base, _ = load(base, device=weight.device, dtype=dtype, trust_remote_code=trust_remote_code)
     if base is not None:
-        _check_causal(base)
-        check_vocabulary(windows, base.get_input_embeddings().weight.shape[0])
-        if seq_len > context_length(base):
-            raise ValueError(f"seq_len {seq_len} exceeds the base model's context of {context_length(base)} tokens")
+        _check_base(base, windows)
 
     sums = _score(model, base, windows, progress)
     tokens = windows.shape[0] * (seq_len - 1)
@@ -163,6 +162,25 @@ def _check_causal(model: Any) -> None:
         kind = "an encoder or has no language model head"
     if kind is not None:
         raise ValueError(f"perplexity is measured on causal language models; {name} is {kind}")
+
+
+def _window_length(model: Any, asked: int | None) -> int:
+    """Tokens per window: as asked, or the protocol's, cut to the model's context."""
+    context = context_length(model)
+    if asked is None:
+        return min(MAX_SEQ_LEN, context)
+    if type(asked) is int and asked > context:
+        raise ValueError(f"seq_len {asked} exceeds the model's context of {context} tokens")
+    return asked
+
+
+def _check_base(base: Any, windows: torch.Tensor) -> None:
+    """Refuse a base model that cannot score ``windows (windows, seq_len)``."""
+    _check_causal(base)
+    check_vocabulary(windows, base.get_input_embeddings().weight.shape[0])
+    seq_len, context = windows.shape[1], context_length(base)
+    if seq_len > context:
+        raise ValueError(f"seq_len {seq_len} exceeds the base model's context of {context} tokens")
 
 
 def _score(model: Any, base: Any, windows: torch.Tensor, progress: bool) -> list[float]:

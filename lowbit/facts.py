@@ -197,7 +197,10 @@ def _layer(
     if isinstance(settings, PackedFormat):
         spec = settings.spec_for(name)
         form = FORMAT if spec.activations is None else INT_FORMAT
-        needed = _PARTS[form]
+        static = spec.activations is not None and not spec.activations.dynamic
+        needed = (*_PARTS[form], *([] if spec.symmetric else ["weight_zero_point"]))
+        if (spec.symmetric and "weight_zero_point" in found) or static != ("input_scale" in found):
+            raise ValueError(f"{folder}: layer {name} has {sorted(found)}, but its config_group says {spec.label()}")
     elif isinstance(settings, GptqConfig):
         of_layer = settings.settings_for(name)
         spec, act_order = of_layer.spec, of_layer.desc_act and of_layer.spec.group_size != -1
@@ -223,9 +226,11 @@ def _expected(form: str, spec: QuantSpec, n: int, k: int, name: str) -> dict[str
     """Shapes of a layer's parts."""
     groups = spec.num_groups(k, name)
     if form == INT_FORMAT:
-        return {"weight_scale": (n, 1)}
+        return {"weight_scale": (n, 1), **({} if spec.symmetric else {"weight_zero_point": (n, 1)})}
     if form == FORMAT:
-        return {"weight_packed": (n, -(-k * spec.bits // 32)), "weight_scale": (n, groups), "weight_shape": (2,)}
+        zeros = {} if spec.symmetric else {"weight_zero_point": (-(-n * spec.bits // 32), groups)}
+        words = -(-k * spec.bits // 32)
+        return {"weight_packed": (n, words), "weight_scale": (n, groups), "weight_shape": (2,), **zeros}
     codes = (k, n // 8) if form == "awq" else (-(-k * spec.bits // 32), n)
     return {"qweight": codes, "qzeros": (groups, n * spec.bits // 32), "scales": (groups, n)}
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from .manifest import load_json
 from .pack_config import QUANT_METHOD as COMPRESSED_TENSORS
-from .pack_config import PackedFormat, parse_quantization_config
+from .pack_config import PackedFormat, as_mapping, parse_quantization_config
 from .spec import PACKED_BITS, QuantSpec
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "AwqConfig",
     "GptqConfig",
     "GptqSettings",
-    "as_mapping",
     "parse_auto_round_config",
     "parse_awq_config",
     "parse_gptq_config",
@@ -265,14 +264,3 @@ def parse_auto_round_config(section: Mapping[str, Any]) -> GptqConfig | AwqConfi
 
 def _is_name(key: str) -> bool:
     return re.fullmatch(r"[\w.-]+", key) is not None and ".*" not in key
-
-
-def as_mapping(value: object, where: str) -> Mapping[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ValueError: something else.
-    """
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{where} must be a JSON object, got {value!r}")
-    return value

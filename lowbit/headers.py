@@ -43,7 +43,8 @@ class InShard(Protocol):
     """Something that is in a shard, by its file name."""
 
     @property
-    def shard(self) -> str: ...
+    def shard(self) -> str:
+        """File name of the shard, in the checkpoint's folder."""
 
 
 T = TypeVar("T", bound=InShard)
@@ -96,7 +97,9 @@ def read_indexed(folder: Path, read_shard: Callable[[Path, str], Mapping[str, T]
     if single.is_file():
         return dict(read_shard(folder, SINGLE_SHARD))
     if not index_path.is_file():
-        raise FileNotFoundError(f"{folder} has no weights: neither {SINGLE_SHARD} nor {INDEX}")
+        pickled = sorted(path.name for path in folder.glob("pytorch_model*") if path.suffix in (".bin", ".json"))
+        also = f"; lowbit reads no pickled weights ({pickled[0]}), save them as safetensors first" if pickled else ""
+        raise FileNotFoundError(f"{folder} has no weights: neither {SINGLE_SHARD} nor {INDEX}{also}")
     weight_map = load_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{index_path}: weight_map must be a table of tensor names and shard names")

@@ -17,6 +17,7 @@ from .checkpoint import (
     read_config,
     read_tensor_infos,
 )
+from .dtypes import dtype_name
 
 __all__ = ["Inspection", "LayerInfo", "SpecInfo", "inspect_checkpoint"]
 
@@ -185,7 +186,7 @@ def _bytes(tensors: Mapping[str, TensorInfo]) -> int:
 def _dtypes(tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for info in tensors.values():
-        name = str(info.dtype).removeprefix("torch.")
+        name = dtype_name(info.dtype)
         sizes[name] = sizes.get(name, 0) + info.nbytes
     return sizes
 

@@ -119,7 +119,8 @@ def verify_files(folder: Path, manifest: Mapping[str, Any]) -> None:
         if digest != entry["sha256"]:
             raise ValueError(
                 f"{folder / name} is not the file that was written: sha256 {digest}, {MANIFEST} has "
-                f"{entry['sha256']} (corrupt, or changed afterwards)"
+                f"{entry['sha256']} (corrupt, or changed afterwards); where the change is meant, remove {MANIFEST}, "
+                "which only lowbit reads"
             )
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "INT_FORMAT",
     "QUANT_METHOD",
     "PackedFormat",
+    "as_mapping",
     "parse_quantization_config",
     "quantization_config",
 ]
@@ -184,7 +185,7 @@ def parse_quantization_config(config: object) -> PackedFormat:
             reorders columns at run time, has dynamic weights, or has bits, a strategy or a group size outside what
             lowbit reads. Names what was found.
     """
-    top = _mapping(config, "quantization_config")
+    top = as_mapping(config, "quantization_config")
     if top.get("quant_method") != QUANT_METHOD:
         raise ValueError(f"lowbit reads quant_method {QUANT_METHOD!r}, this checkpoint has {top.get('quant_method')!r}")
     if top.get("format") not in (FORMAT, INT_FORMAT, _MIXED_FORMAT):
@@ -195,11 +196,11 @@ def parse_quantization_config(config: object) -> PackedFormat:
     _expect(top, "quantization_config", "quantization_status", "compressed")
     _expect(top, "quantization_config", "kv_cache_scheme", None)
     sparsity = top.get("sparsity_config") or {}
-    if _mapping(sparsity, "quantization_config.sparsity_config").get("format", "dense") != "dense":  # 2024's had it
+    if as_mapping(sparsity, "quantization_config.sparsity_config").get("format", "dense") != "dense":  # 2024's had it
         raise ValueError(f"quantization_config.sparsity_config must be empty or dense, got {sparsity!r}")
     if top.get("transform_config"):
         raise ValueError(f"quantization_config.transform_config must be empty, got {top['transform_config']!r}")
-    groups = _mapping(top.get("config_groups"), "quantization_config.config_groups")
+    groups = as_mapping(top.get("config_groups"), "quantization_config.config_groups")
     if not groups:
         raise ValueError("quantization_config.config_groups must hold at least one group, got none")
     ignore = top.get("ignore")
@@ -210,13 +211,13 @@ def parse_quantization_config(config: object) -> PackedFormat:
 
 
 def _parse_group(where: str, config: object, default_format: str) -> tuple[QuantSpec, tuple[str, ...]]:
-    group = _mapping(config, where)
+    group = as_mapping(config, where)
     _no_other_keys(group, where, _GROUP_KEYS)
     _expect(group, where, "output_activations", None)
     form = default_format if group.get("format") is None else group["format"]
     if form not in (FORMAT, INT_FORMAT):
         raise ValueError(f"{where}.format must be {FORMAT!r} or {INT_FORMAT!r}, got {form!r}")
-    weights = _mapping(group.get("weights"), f"{where}.weights")
+    weights = as_mapping(group.get("weights"), f"{where}.weights")
     targets = _targets(group.get("targets"), f"{where}.targets")
     if not targets:
         raise ValueError(f"{where}.targets must not be empty")
@@ -232,7 +233,7 @@ def _parse_group(where: str, config: object, default_format: str) -> tuple[Quant
 
 
 def _parse_activations(where: str, config: object) -> ActivationSpec:
-    fields = _mapping(config, where)
+    fields = as_mapping(config, where)
     _no_other_keys(fields, where, _WEIGHT_KEYS)
     for key, value in (("num_bits", 8), ("type", "int"), ("symmetric", True)):
         _expect(fields, where, key, value)
@@ -278,7 +279,12 @@ def _parse_weights(where: str, weights: Mapping[str, Any]) -> QuantSpec:
     )
 
 
-def _mapping(value: object, where: str) -> Mapping[str, Any]:
+def as_mapping(value: object, where: str) -> Mapping[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: something else; names it and where it stands.
+    """
     if not isinstance(value, Mapping):
         raise ValueError(f"{where} must be a JSON object, got {value!r}")
     return value

@@ -48,8 +48,9 @@ def linear_tensors(name: str, qw: QuantizedWeight, input_scale: Tensor | None = 
     """
     if qw.scales.dtype not in _SCALE_DTYPES:
         raise ValueError(f"{name}: scales must be one of {_SCALE_DTYPES} to be stored, got {qw.scales.dtype}")
-    if qw.scales.numel() and not bool((torch.isfinite(qw.scales) & (qw.scales != 0)).all()):
-        raise ValueError(f"{name}: scales must be finite and not zero")
+    bad = qw.scales[~(torch.isfinite(qw.scales) & (qw.scales != 0))]
+    if bad.numel():
+        raise ValueError(f"{name}: scales must be finite and not zero, got {bad[0].item()} ({bad.numel()} in all)")
     if qw.spec.activations is not None:
         return _int_tensors(name, qw, input_scale)
     if input_scale is not None:

@@ -198,7 +198,11 @@ def _check(plan: Plan, model: nn.Module, spec: QuantSpec) -> None:
         raise ValueError(f"{shown}\n  choose another group size, or leave these layers out with ignore")
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
-            raise ValueError(f"{name} contains NaN or infinite values; the model cannot be quantized")
+            half = "; it was loaded in float16, beyond whose range of 65504 it may lie: try float32 or bfloat16"
+            raise ValueError(
+                f"{name} contains NaN or infinite values; the model cannot be quantized"
+                + (half if parameter.dtype == torch.float16 else "")
+            )
 
 
 def _list(weights: Sequence[SkippedWeight], limit: int = 4) -> str:

@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +22,10 @@ from .activations import build_spec, check_request, needs_text
 from .blockwise import METHODS, Calibration
 from .data import check_vocabulary, load_text
 from .distributed import Ranks, checksum, join
+from .dtypes import parse_dtype
 from .evaluate import context_length
 from .experts import Experts
+from .limits import engine_limits
 from .linear import Int8Linear, QuantLinear
 from .linearize import plan_linearized
 from .plan import Plan
@@ -107,11 +108,14 @@ def _check_method(method: str, spec: QuantSpec, calibration: Tensor | None, pack
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     if packed and spec.bits not in PACKED_BITS:
         raise ValueError(
-            f"{spec.bits}-bit weights have no packed form (packed widths: {PACKED_BITS}); use packed=False"
+            f"{spec.bits}-bit weights have no packed form (packed widths: {PACKED_BITS}); "
+            f"lowbit.quantize_(model, spec, packed=False) measures what they would cost"
         )
     if method != "rtn" and calibration is None:
         raise ValueError(f"method {method!r} needs calibration tokens; only 'rtn' works without data")
-    if calibration is not None and (calibration.ndim != 2 or calibration.dtype != torch.int64 or not len(calibration)):
+    if calibration is not None and (
+        calibration.ndim != 2 or calibration.dtype != torch.int64 or not calibration.numel()
+    ):
         raise ValueError(
             f"calibration must be token ids (windows, seq_len) int64 with at least one window, got "
             f"{tuple(calibration.shape)} {calibration.dtype}"
@@ -213,7 +217,7 @@ def quantize(
     _check_method(method, spec, torch.zeros(1, 1, dtype=torch.int64), True)
     _check_counts(samples, seq_len)
     where = hf.parse_device(device)
-    hf.parse_dtype(dtype)
+    parse_dtype(dtype)
     request = _Request(
         model, out, spec, method, smooth, calibration, samples, seq_len, tuple(ignore), dtype, seed, overwrite,
         allow_partial, trust_remote_code,
@@ -276,6 +280,7 @@ def _quantize_folder(request: _Request, where: torch.device, ranks: Ranks, verbo
     model, tokenizer, tokens = _load(request, report)
     plan = plan_linearized(model, request.spec, request.ignore, in_blocks=True, allow_partial=request.allow_partial)
     report.coverage, report.skipped = plan.coverage, list(plan.skipped)
+    report.notes += engine_limits(_model_type(model), any(".experts." in name for name in plan.targets))
     if ranks.count > 1:
         ranks.agree(_facts(model, tokens, report))
         report.calibration = report.calibration and {**report.calibration, "ranks": ranks.count}
@@ -303,14 +308,13 @@ def _load(request: _Request, report: QuantReport) -> tuple[Any, Any, Tensor | No
     """The model, its tokenizer, and the windows to calibrate on, which the report describes."""
     from . import hf
 
+    # before the text: a mistyped model should not cost a data set's download
+    folder = hf.resolve(request.model, trust_remote_code=request.trust_remote_code)
     text = None
     if request.calibration is not None:
-        if Path(request.calibration).suffix not in (".txt", ".jsonl"):
-            # a mistyped model should not cost a data set's download
-            hf.resolve(request.model, trust_remote_code=request.trust_remote_code)
         most = enough(request.calibration, request.samples, request.seq_len)
         text = load_text(request.calibration, "train", max_chars=most)
-    model, tokenizer = hf.load_dense(request.model, dtype=request.dtype, trust_remote_code=request.trust_remote_code)
+    model, tokenizer = hf.load_dense(folder, dtype=request.dtype, trust_remote_code=request.trust_remote_code)
     if text is None:
         return model, tokenizer, None
     seq_len = min(request.seq_len, context_length(model))
@@ -373,4 +377,5 @@ def _describe(report: QuantReport, plan: Plan, model: nn.Module, device: torch.d
     return (
         f"plan: {len(plan.targets)} weights ({plan.coverage:.1%} of the decoder) to {report.spec.label()} by "
         f"{report.method} on {device}, {data}; {tensor_bytes(model) / 1e6:.1f} MB model -> {report.out}"
+        + "".join(f"\nwarning: {note}" for note in report.notes)
     )

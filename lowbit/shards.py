@@ -5,6 +5,7 @@ Nothing here knows what a tensor means.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -37,10 +38,7 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Bytes of data in the file."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read_tensor_infos(folder: Path) -> dict[str, TensorInfo]:

@@ -22,6 +22,21 @@ def enough(calibration: str | os.PathLike[str], samples: int | None, seq_len: in
 
 
 def choose_windows(tokenizer: Any, text: TextSource, samples: int | None, seq_len: int, seed: int) -> Tensor:
+    """The windows a model is calibrated on: a file's first ones, of a hub data set random ones.
+
+    Args:
+        tokenizer: see :func:`lowbit.data.token_windows`.
+        text: tokenized in one call, or as much of it as is needed.
+        samples: windows asked for; None takes up to 128, as many as the text has.
+        seq_len: tokens per window.
+        seed: picks the windows of a hub data set.
+
+    Returns:
+        token ids ``(windows, seq_len)``, int64 on the CPU.
+
+    Raises:
+        ValueError: the text holds fewer windows than ``samples``, or not one.
+    """
     wanted = samples or _SAMPLES
     if text.is_file:
         windows = first_windows(tokenizer, text.text, seq_len, wanted)

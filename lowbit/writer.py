@@ -34,7 +34,8 @@ def check_output(out: str | os.PathLike[str], source: str | os.PathLike[str] | N
     """Refuse an output folder before any work is done.
 
     Args:
-        out: where the checkpoint is to appear. Missing parents are fine, the writer creates them.
+        out: where the checkpoint is to appear; ``~`` is the home folder, as for input folders. Missing parents are
+            fine, the writer creates them.
         source: the input model's folder, or None or a hub id when it is not a local folder.
         overwrite: whether an existing model folder may be replaced.
 
@@ -43,11 +44,12 @@ def check_output(out: str | os.PathLike[str], source: str | os.PathLike[str] | N
             neither empty nor a model (no config.json): such a folder is never replaced.
         ValueError: ``out`` is the input folder, lies inside it, or contains it.
     """
-    target = Path(out)
+    target = Path(out).expanduser()
     if not target.name:
         raise ValueError(f"the output must be a folder with a name, got {str(out)!r}")
-    if source is not None and Path(source).is_dir():
-        here, there = target.resolve(), Path(source).resolve()
+    read_from = None if source is None else Path(source).expanduser()
+    if read_from is not None and read_from.is_dir():
+        here, there = target.resolve(), read_from.resolve()
         if here == there or there in here.parents or here in there.parents:
             raise ValueError(f"the output {target} must be outside the input folder {source} and must not contain it")
     if not (target.exists() or target.is_symlink()):
@@ -102,7 +104,7 @@ class CheckpointWriter:
         if max_shard_bytes <= 0:
             raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
         check_output(out, None, overwrite)
-        self._out = Path(out).absolute()
+        self._out = Path(out).expanduser().absolute()
         self._overwrite = overwrite
         self._max_shard_bytes = max_shard_bytes
         self._folder: Path | None = None
@@ -230,6 +232,8 @@ class CheckpointWriter:
         except SafetensorError as error:
             code = re.search(r"os error (\d+)", str(error))
             raise OSError(int(code[1]) if code else errno.EIO, f"cannot write {path}: {error}") from error
+        # safetensors makes files only their owner can read; these are to be as readable as config.json beside them.
+        path.chmod(self.path.stat().st_mode & 0o666)
         self._shards.append(list(self._buffer))
         self._buffer.clear()
         self._buffered_bytes = 0

@@ -57,6 +57,26 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture
+def quiet():
+    """transformers draws no progress bars on stderr."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
+@pytest.fixture
+def installed(quiet):
+    """transformers loads packed folders through lowbit."""
+    import lowbit
+
+    lowbit.install()
+    yield
+    lowbit.uninstall()
+
+
+@pytest.fixture
 def interruptible():
     """Children of this test can be interrupted, also when the tests run in a background job, which ignores SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowbit.affine import QuantizedWeight, minmax_grid, quantize_to_grid, round_scales
 from lowbit.checkpoint import CheckpointWriter, linear_tensors, quantization_config
+from lowbit.linear import Int8Linear, QuantLinear
 from lowbit.spec import QuantSpec
 
 BOOKS_4M = Path(__file__).parent.parent / "eval" / "data" / "books-4m"
@@ -72,6 +73,16 @@ def pack_folder(source: Path, out: Path, spec_for: Callable[[str], QuantSpec | N
         writer.add_json("config.json", {**hf.config_dict(model), "quantization_config": config})
         hf.companion_files(source, model, tokenizer, writer.path)
         return writer.finish({"model": source.name, "method": "rtn"})
+
+
+def decoder_only(spec: QuantSpec) -> Callable[[str], QuantSpec | None]:
+    """For :func:`pack_folder`: everything but the output head, which is what quantize() packs."""
+    return lambda name: None if name == "lm_head" else spec
+
+
+def packed_modules(model: torch.nn.Module) -> dict[str, QuantLinear | Int8Linear]:
+    """The packed linears of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, (QuantLinear, Int8Linear))}
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:

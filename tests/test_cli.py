@@ -24,7 +24,7 @@ ENV = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP
 def run(*arguments, **options):
     """The command as a process of its own."""
     command = [sys.executable, "-m", "lowbit", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=120, **options)
+    return subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=300, **options)
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_eval_prints_figures_and_their_definition(capsys):
 
 def test_the_perplexity_script_is_the_eval_command():
     line = [sys.executable, str(ROOT / "eval" / "perplexity.py"), MODEL, TEXT, "--max-windows", "1", "--json"]
-    done = subprocess.run(line, capture_output=True, text=True, env=ENV, timeout=120)
+    done = subprocess.run(line, capture_output=True, text=True, env=ENV, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["windows"] == 1
 
@@ -255,7 +255,7 @@ def test_debug_shows_the_traceback_as_well(public, capsys, monkeypatch, how):
 
 def test_eval_refuses_a_missing_text_before_it_loads_the_model(public, capsys):
     public("load", raising(AssertionError("must not be called")))
-    assert main(["eval", "model", "--data", "nowhere.txt"]) == 2
+    assert main(["eval", MODEL, "--data", "nowhere.txt"]) == 2
     assert "nowhere.txt" in only_error(capsys)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lowbit.checkpoint import CheckpointWriter, linear_tensors, quantization_config
@@ -104,6 +106,45 @@ def test_a_dense_model_and_a_folder_in_the_way_are_refused(tmp_path: Path) -> No
     inside = shutil.copytree(FIXTURES / "gptqmodel-v1-w4g32-sym", tmp_path / "model")
     with pytest.raises(ValueError, match="outside the input folder"):
         convert(inside, inside / "out", "gptq", verbose=False)
+
+
+LARGE = 1e6
+"""More than float16 holds (65504), less than bfloat16 does."""
+
+
+def with_a_large_norm(tensors: dict[str, Tensor]) -> None:
+    tensors["norm.weight"][3] = -LARGE
+
+
+def with_large_scales(tensors: dict[str, Tensor]) -> None:
+    tensors["a.weight_scale"].fill_(LARGE / 100)  # in range themselves: 15 - 8 of them are not
+
+
+@pytest.mark.parametrize(
+    ("to", "change", "message"),
+    [
+        (
+            "compressed-tensors",
+            with_a_large_norm,
+            r"norm\.weight: 1 of 7 .* range of float16, such as -1e\+06",
+        ),
+        ("dense", with_a_large_norm, r"norm\.weight: 1 of 7 values are out of the range of float16"),
+        ("dense", with_large_scales, r"a\.weight: \d+ of 512 values are out of the range of float16, such as -?[6-8]"),
+    ],
+    ids=["dense tensor", "dense tensor of an expanded model", "expanded weight"],
+)
+def test_what_a_dtype_cannot_hold_is_refused_before_anything_is_written(
+    to: str, change: Callable[[dict[str, Tensor]], None], message: str, tmp_path: Path
+) -> None:
+    """Never an infinity in the place of a number."""
+    source = write_tiny(tmp_path / "packed", {"a": random_layer(8, 64, QuantSpec(4, 32, True))})
+    edit_tensors(source, change)
+    with pytest.raises(ValueError, match=message):
+        convert(source, tmp_path / "out", to, dtype="float16", verbose=False)
+    assert names_in(tmp_path) == ["packed"]
+    convert(source, tmp_path / "out", to, dtype="bfloat16", verbose=False)
+    stored = load_file(tmp_path / "out" / "model.safetensors").values()
+    assert all(tensor.isfinite().all() for tensor in stored if tensor.is_floating_point())
 
 
 def test_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

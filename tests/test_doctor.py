@@ -77,6 +77,8 @@ def special(form: str, facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     if form.endswith("-quantized"):
         yield {"unlisted": True}
         yield {"unlisted_router": True, "model_type": "qwen3_moe"}
+    if form != "dense":
+        yield {"model_type": "stablelm"}
     if form != "dense" and facts["experts"]:
         yield {"model_type": "gpt_oss"}
     if form in ("gptq", "gptq-v2", "awq") and not (facts["act_order"] or facts["mixed"]):

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from lowbit.cli import main
 from lowbit.doctor import diagnose
 from lowbit.headers import read_headers
-from packed_folder import BOOKS_4M, edit_config
+from lowbit.spec import QuantSpec
+from packed_folder import BOOKS_4M, decoder_only, edit_config, pack_folder
 from sparse_folder import write_sparse
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -175,6 +176,10 @@ def no_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
 def truncated(folder: Path) -> None:
     os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 1)
 
@@ -214,6 +219,7 @@ def not_packed(folder: Path) -> None:
 BAD: dict[str, tuple[Any, str]] = {
     "no config": (no_config, "has no config.json"),
     "no weights": (no_weights, "has no weights"),
+    "pickled weights": (pickled, "no pickled weights (pytorch_model.bin), save them as safetensors first"),
     "truncated": (truncated, "corrupt or truncated: its header says"),
     "header cut": (cut_header, "header is not readable"),
     "header too large": (huge_header, "header is not readable"),
@@ -226,6 +232,23 @@ BAD: dict[str, tuple[Any, str]] = {
     "another method": (section(quant_method="awq"), "does not divide K"),
     "not packed": (not_packed, "no tensor is packed that way"),
 }
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_zero_points_that_the_configuration_denies_are_a_contradiction(
+    symmetric: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spec = QuantSpec(4, 128, symmetric=symmetric)
+    folder = pack_folder(BOOKS_4M, tmp_path / "m", decoder_only(spec))
+    assert main(["doctor", str(folder)]) == 0
+    capfd.readouterr()
+
+    def deny(config: dict[str, Any]) -> None:
+        config["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = not symmetric
+
+    edit_config(folder, deny)
+    assert main(["doctor", str(folder)]) == 2
+    assert "weight_zero_point" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("damage", "message"), BAD.values(), ids=BAD)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, pipeline
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.utils import logging as hf_logging
 
 import architectures
 import lowbit
-from lowbit import Int8Linear, QuantLinear, QuantSpec
+from lowbit import QuantSpec
 from lowbit.hf.installed import InstalledQuantizer
-from packed_folder import BOOKS_4M, edit_config, edit_tensors, pack_folder
+from packed_folder import BOOKS_4M, edit_config, edit_tensors, pack_folder, packed_modules
 from tiny_models import tiny_folder
 
 SPECS = {
@@ -51,19 +49,6 @@ def folders(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         else:
             made[name] = pack_folder(dense, root / name, lambda module, s=spec: None if module == "lm_head" else s)
     return made
-
-
-@pytest.fixture
-def installed() -> Iterator[None]:
-    hf_logging.disable_progress_bar()
-    lowbit.install()
-    yield
-    lowbit.uninstall()
-    hf_logging.enable_progress_bar()
-
-
-def packed_modules(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, (QuantLinear, Int8Linear))}
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging as hf_logging
 
 import lowbit
 from lowbit import Int8Linear, LowbitConfig, QuantLinear, QuantSpec
@@ -20,20 +18,14 @@ from lowbit.hf.lora import LORA_LAYERS, PackedLoraLinear
 from packed_folder import BOOKS_4M, pack_folder
 from tiny_models import tiny_folder
 
-# Their names in transformers 5.17, which PEFT 0.21 calls too; 5.23 has others and says so.
-pytestmark = pytest.mark.filterwarnings("ignore:`\\w*gradient_checkpointing\\w*` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("installed"),
+    # Their names in transformers 5.17, which PEFT 0.21 calls too; 5.23 has others and says so.
+    pytest.mark.filterwarnings("ignore:`\\w*gradient_checkpointing\\w*` is deprecated:FutureWarning"),
+]
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = torch.arange(5, 5 + 2 * 16).reshape(2, 16)
-
-
-@pytest.fixture(autouse=True)
-def installed() -> Iterator[None]:
-    hf_logging.disable_progress_bar()
-    lowbit.install()
-    yield
-    lowbit.uninstall()
-    hf_logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")

@@ -17,22 +17,18 @@ from transformers.utils import logging as hf_logging
 
 import architectures
 import lowbit
-from lowbit import Int8Linear, LowbitConfig, QuantLinear, QuantSpec, quantize_
+from lowbit import LowbitConfig, QuantSpec, quantize_
 from lowbit.activations import build_spec
 from lowbit.checkpoint import read_checkpoint
 from lowbit.hf import pack_op
-from packed_folder import edit_config, edit_tensors
+from packed_folder import BOOKS_4M, edit_config, edit_tensors, packed_modules
 from tiny_models import tiny_folder
 
 TOKENS = torch.arange(5, 5 + 2 * 16).reshape(2, 16)
 BLOCK_LINEARS = 14
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Any:
-    hf_logging.disable_progress_bar()
-    yield
-    hf_logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +39,6 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copied(dense: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(dense, tmp_path / "copied"))
-
-
-def packed_modules(model: nn.Module) -> dict[str, Any]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, (QuantLinear, Int8Linear))}
 
 
 @torch.no_grad()
@@ -125,6 +117,15 @@ def test_the_report_names_every_weight(dense: Path) -> None:
     assert (report.base_bytes, report.packed_bytes) == (wanted.base_bytes, wanted.packed_bytes)
     assert report.linear_bits == pytest.approx(wanted.linear_bits)
     assert "left dense  lm_head.weight" in report.summary()
+
+
+def test_a_tied_output_head_is_counted_once(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(BOOKS_4M, quantization_config=LowbitConfig(bits=4))
+    written = lowbit.quantize(BOOKS_4M, tmp_path / "rtn", 4, method="rtn", verbose=False)
+    report = model.hf_quantizer.report
+    assert (report.base_bytes, report.packed_bytes) == (written.base_bytes, written.packed_bytes)
+    assert report.skipped == written.skipped
+    assert "the same weight as model.embed_tokens.weight" in [weight.reason for weight in report.skipped]
 
 
 def test_the_saved_folder_is_anybodys(dense: Path, tmp_path: Path) -> None:

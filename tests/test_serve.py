@@ -136,8 +136,39 @@ def test_stop_strings_end_an_answer(server, reference):
     if server.batched:  # transformers has none there
         assert refusal(post(server, "completions", asked), 400)["param"] == "stop"
     else:
-        answer = json.loads(post(server, "completions", asked).text)["choices"][0]
-        assert answer["finish_reason"] == "stop" and text.startswith(answer["text"]) and word in answer["text"]
+        before = text[: text.index(word)]
+        answer = server.client.completions.create(model="books-w4", **asked)
+        assert (answer.choices[0].text, answer.choices[0].finish_reason) == (before, "stop")
+        chunks = list(server.client.completions.create(model="books-w4", **asked, stream=True))
+        assert "".join(chunk.choices[0].text for chunk in chunks) == before
+        assert chunks[-1].choices[0].finish_reason == "stop"
+        # the stop string comes with the last token that is allowed
+        last = server.client.completions.create(
+            model="books-w4", **{**asked, "max_tokens": answer.usage.completion_tokens}
+        )
+        assert (last.choices[0].text, last.choices[0].finish_reason) == (before, "stop")
+
+
+def test_a_bias_is_a_number_for_a_token_of_the_model(server, reference):
+    asked = {"messages": [{"role": "user", "content": "Who was he?"}], "max_tokens": 3}
+    if server.batched:  # transformers has none there
+        return
+    wanted = reference.tokenizer(" the")["input_ids"][-1]
+    answer = post(server, "chat/completions", {**asked, "logit_bias": {str(wanted): 100}})
+    assert json.loads(answer.text)["choices"][0]["message"]["content"] == " the" * 3, answer.text
+    refused = refusal(post(server, "chat/completions", {**asked, "logit_bias": {"4096": 1}}), 400)
+    assert refused["param"] == "logit_bias" and "4095" in refused["message"]
+
+
+def test_the_arguments_of_a_chat_template_are_not_the_templates_own_variables(server):
+    body = {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"messages": []}, "max_tokens": 1}
+    assert refusal(post(server, "chat/completions", body), 400)["param"] == "chat_template_kwargs"
+
+
+def test_a_temperature_of_almost_nothing_is_greedy(server, reference):
+    for temperature in (1e-320, 1e-39, 1e-7):
+        answer = post(server, "completions", {"prompt": "It was", "max_tokens": 8, "temperature": temperature})
+        assert text_of(answer) == reference("It was", 8)
 
 
 def test_each_request_has_its_own_temperature(server, reference):

@@ -20,6 +20,7 @@ from eval.server_process import Server
 from lowbit.cli import main
 from lowbit.hf.serve import Settings
 from lowbit.hf.serve_requests import RequestError, check_chat, check_completion
+from lowbit.hf.serve_stop import StopCut
 
 MODEL = Path(__file__).parent.parent / "eval" / "data" / "books-4m"
 LIMIT = 2000
@@ -221,7 +222,8 @@ def test_what_asks_for_nothing_is_dropped():
 
 
 @pytest.mark.parametrize("field, value", [
-    ("temperature", float("nan")), ("temperature", True), ("top_p", 0), ("max_tokens", 1.5), ("seed", 2**64),
+    ("temperature", float("nan")), ("temperature", True), ("temperature", 10**400),
+    ("top_p", 0), ("max_tokens", 1.5), ("seed", 2**64),
     ("stop", []), ("stop", [""]), ("stream", "yes"), ("frequency_penalty", -1), ("prompt", "\ud800"),
     ("prompt", [1, 2]), ("logprobs", 3), ("echo", True), ("best_of", 2), ("generation_config", "{}"),
 ])  # fmt: skip
@@ -240,6 +242,24 @@ def test_a_malformed_message_is_refused_with_its_number(message):
     good = {"role": "user", "content": "x"}
     with pytest.raises(RequestError, match="message 1"):
         check_chat({"messages": [good, message]}, batched=False)
+
+
+@given(st.text("abc"), st.lists(st.text("abc", min_size=1, max_size=3), max_size=1), st.data())
+def test_a_stop_string_cuts_a_text_in_whatever_pieces_it_comes(text, stops, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=4)))
+    found = []
+    cut = StopCut(stops, lambda: found.append(True))
+    passed = [cut.feed(text[a:b]) for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)] + [cut.flush()]
+    assert "".join(passed) == (text.split(stops[0])[0] if stops else text)
+    assert found == [True] * any(stop in text for stop in stops)
+
+
+def test_of_several_stop_strings_the_first_in_the_text_counts():
+    cut = StopCut(["end", "\n\n"])
+    assert [cut.feed(piece) for piece in ("one e", "n t", "wo\n", "x\n\ny", "end")] == ["one ", "en t", "wo", "\nx", ""]
+    assert cut.flush() == ""
+    held = StopCut(["end"])
+    assert (held.feed("the en"), held.flush()) == ("the ", "en")
 
 
 JSON = st.recursive(

@@ -144,6 +144,29 @@ def test_the_output_must_be_apart_from_the_input(tmp_path: Path) -> None:
         check_output("/", None, overwrite=True)
 
 
+def test_a_tilde_is_the_home_folder_of_the_output_and_of_the_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    for source, out in (("~/model", tmp_path / "model"), (tmp_path / "model", "~/model"), ("~/model", "~/model/in")):
+        with pytest.raises(ValueError, match="outside the input folder"):
+            check_output(out, source, overwrite=True)
+    write_tiny(Path("~/packed"), LAYERS)
+    assert "config.json" in names_in(tmp_path / "packed")
+    assert not (tmp_path / "~").exists()
+
+
+def test_every_file_is_as_readable_as_the_umask_says(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        many = write_tiny(tmp_path / "many", LAYERS, max_shard_bytes=300)
+    finally:
+        os.umask(old)
+    assert {path.stat().st_mode & 0o777 for path in many.iterdir()} == {0o640}
+
+
 def test_overwriting_replaces_the_whole_folder(tmp_path: Path) -> None:
     out = write_tiny(tmp_path / "out", LAYERS, max_shard_bytes=400)
     (out / "README.md").write_text("old")

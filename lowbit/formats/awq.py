@@ -45,16 +45,15 @@ class AwqFormat:
 
     def check(self, layer: LayerTensors) -> PackedLinear:
         """See :class:`~lowbit.formats.base.SourceFormat`."""
-        name, shape, spec = layer.name, tuple(layer.infos["qweight"].shape), self.config.spec
+        name, spec = layer.name, self.config.spec
         for part in self.config.dense:
             if part in name:
                 raise ValueError(f"{name} is packed, but quantization_config.modules_to_not_convert lists {part!r}")
-        if len(shape) != 2 or 0 in shape:
-            raise ValueError(f"{name}.qweight must be a matrix, got the shape {shape}")
-        k, n = shape[0], shape[1] * 8
+        k, words = layer.matrix("qweight")
+        n = words * 8
         groups = spec.num_groups(k, name)
-        layer.expect("qweight", (torch.int32,), (k, n // 8))
-        layer.expect("qzeros", (torch.int32,), (groups, n // 8))
+        layer.expect("qweight", (torch.int32,), (k, words))
+        layer.expect("qzeros", (torch.int32,), (groups, words))
         layer.expect("scales", SCALE_DTYPES, (groups, n))
         check_scales(f"{name}.scales", layer.read("scales"))
         if spec.symmetric and bool((_unpack(layer.read("qzeros")) != spec.mid_code).any()):

@@ -115,6 +115,17 @@ class LayerTensors:
         tensor: Tensor = self._view(part)[:]
         return tensor
 
+    def matrix(self, part: str) -> tuple[int, int]:
+        """Rows and columns of a part that must be a matrix, neither of them 0.
+
+        Raises:
+            ValueError: names the tensor and its shape.
+        """
+        shape = tuple(self.infos[part].shape)
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(f"{self.name}.{part} must be a matrix, got the shape {shape}")
+        return shape[0], shape[1]
+
     def expect(self, part: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
         """Refuse another dtype or shape.
 

@@ -102,10 +102,7 @@ def _check_packed(layer: LayerTensors, spec: QuantSpec) -> tuple[int, int]:
 
 def _check_int(layer: LayerTensors, spec: QuantSpec) -> tuple[int, int]:
     """Dtypes and shapes of an ``int-quantized`` layer; returns (N, K)."""
-    shape = tuple(layer.infos["weight"].shape)
-    if len(shape) != 2 or 0 in shape:
-        raise ValueError(f"{layer.name}.weight must be a matrix, got the shape {shape}")
-    n, k = shape
+    n, k = layer.matrix("weight")
     layer.expect("weight", (torch.int8,), (n, k))
     layer.expect("weight_scale", SCALE_DTYPES, (n, 1))
     if not spec.symmetric:

@@ -60,7 +60,7 @@ class GptqFormat:
         """See :class:`~lowbit.formats.base.SourceFormat`."""
         settings, name = self.config.settings_for(layer.name), layer.name
         spec = settings.spec
-        rows, n = _two(layer, "qweight")
+        rows, n = layer.matrix("qweight")
         k = rows * 32 // spec.bits
         if "g_idx" in layer:  # it alone has one entry for each column
             shape = tuple(layer.infos["g_idx"].shape)
@@ -139,13 +139,6 @@ def _reorder_rows(words: Tensor, bits: int, order: Tensor) -> Tensor:
         shift = (source % per_byte * bits).to(torch.uint8)[:, None]
         out |= (stored[source // per_byte] >> shift & mask) << (i * bits)
     return out.view(rows, 4, n).transpose(1, 2).contiguous().view(torch.int32).view(rows, n)
-
-
-def _two(layer: LayerTensors, part: str) -> tuple[int, int]:
-    shape = tuple(layer.infos[part].shape)
-    if len(shape) != 2 or 0 in shape:
-        raise ValueError(f"{layer.name}.{part} must be a matrix, got the shape {shape}")
-    return shape[0], shape[1]
 
 
 def check_gptq(linear: PackedLinear, zeros: Tensor | None, version: int) -> None:

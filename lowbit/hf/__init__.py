@@ -7,7 +7,7 @@ from .export import checkpoint_names, companion_files, config_dict, dense_tensor
 from .installed import install, uninstall
 from .loading import load, load_dense
 from .onthefly import LowbitConfig
-from .source import parse_device, parse_dtype, resolve
+from .source import parse_device, resolve
 
 __all__ = [
     "LowbitConfig",
@@ -20,7 +20,6 @@ __all__ = [
     "load",
     "load_dense",
     "parse_device",
-    "parse_dtype",
     "resolve",
     "uninstall",
 ]

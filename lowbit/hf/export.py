@@ -25,6 +25,7 @@ _PACKED_PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "wei
 _COMPANIONS = (
     *TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt", "generation_config.json",
     "chat_template.jinja", "chat_template.json", "processor_config.json", "preprocessor_config.json",
+    "video_preprocessor_config.json",
 )  # fmt: skip
 
 

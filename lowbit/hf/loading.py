@@ -15,9 +15,10 @@ from transformers.utils import logging as hf_logging
 from transformers.utils.import_utils import is_accelerate_available
 
 from ..checkpoint import Checkpoint, quantization_section, read_checkpoint, read_config, read_tensor_infos
+from ..dtypes import parse_dtype
 from .foreign import foreign_from_pretrained
 from .quantizer import in_memory_config, prepare
-from .source import auto_class, parse_device, parse_dtype, resolve
+from .source import auto_class, parse_device, resolve
 
 __all__ = ["TOKENIZER_FILES", "load", "load_dense"]
 
@@ -80,7 +81,7 @@ def load(
         target.type == "cpu" or bool(shared) or is_accelerate_available()
     )  # else loaded on the CPU and moved, see below
     config.quantization_config = in_memory_config(checkpoint, compute, repack=in_place)
-    with _quiet(warnings=True):
+    with _quiet():
         model = _from_pretrained(folder, compute, target, trust_remote_code, checkpoint, config=config, **shared)
     if not in_place:
         prepare(model)
@@ -148,8 +149,14 @@ def _load_dense(
     folder: Path, dtype: torch.dtype | None, device: torch.device, trust_remote_code: bool, **options: Any
 ) -> Loaded:
     read_tensor_infos(folder)  # a truncated shard is reported by its name, before anything is built
-    with _quiet(warnings=False):
-        model = _from_pretrained(folder, dtype, device, trust_remote_code, **options)
+    unplaced: list[str] = []
+    with _quiet():
+        model = _from_pretrained(folder, dtype, device, trust_remote_code, unplaced=unplaced, **options)
+    if unplaced:  # such as the layers for multi-token prediction; transformers' own logger, for its verbosity to count
+        shown = f"{unplaced[:5]}, {len(unplaced)} in all"
+        logging.getLogger("transformers").warning(
+            f"{folder}: {type(model).__name__} has no place for these weights: {shown}"
+        )
     return model, _tokenizer(folder, trust_remote_code)
 
 
@@ -159,8 +166,10 @@ def _from_pretrained(
     device: torch.device,
     trust_remote_code: bool,
     checkpoint: Checkpoint | None = None,
+    unplaced: list[str] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
+    """``unplaced`` takes the names of weights a dense model has no place for; for a packed one they are an error."""
     # Without accelerate transformers can only load to the CPU; the model is moved afterwards.
     shared = "distributed_config" in options or "device_map" in options  # then transformers chooses the device
     if device.type == "cuda" and is_accelerate_available() and not shared:
@@ -182,7 +191,9 @@ def _from_pretrained(
             **options,
         )
     unexpected: list[str] = []
-    if checkpoint is not None:
+    if checkpoint is None:
+        (unplaced if unplaced is not None else unexpected).extend(sorted(info["unexpected_keys"]))
+    else:
         # AutoGPTQ wrote a bias of zeros for every layer, also for those that have none.
         unexpected = sorted(name for name in info["unexpected_keys"] if not _is_zero_bias(checkpoint, name))
     problems = {
@@ -209,16 +220,15 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase
 
 
 @contextmanager
-def _quiet(*, warnings: bool) -> Iterator[None]:
-    """No progress bar over the weights and, for packed folders, no load report: its content is checked and raised.
+def _quiet() -> Iterator[None]:
+    """No progress bar over the weights and no load report: its content is checked, and raised or said in a line.
 
     transformers' settings are restored, whatever happens.
     """
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     if bars:
         hf_logging.disable_progress_bar()
-    if warnings:
-        hf_logging.set_verbosity(max(verbosity, logging.ERROR))
+    hf_logging.set_verbosity(max(verbosity, logging.ERROR))
     try:
         yield
     finally:

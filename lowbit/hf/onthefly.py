@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -29,7 +29,7 @@ from .export import checkpoint_names, ignore_names
 from .pack_op import PackOp, Slot, expert_slots, linear_slot
 from .plain_reader import PlainReader
 from .quantizer import METHOD as PACKED_METHOD
-from .quantizer import PackedConfig, leave_parent_alone, prepare, shapes_of
+from .quantizer import LoadingQuantizer, PackedConfig, check_shapes, leave_parent_alone, prepare, shapes_of
 from .sharded import tp_size
 
 __all__ = ["LowbitConfig", "LowbitQuantizer"]
@@ -108,7 +108,7 @@ class LowbitConfig(QuantizationConfigMixin):
 
 
 @register_quantizer(METHOD)
-class LowbitQuantizer(HfQuantizer):
+class LowbitQuantizer(LoadingQuantizer):
     """Puts packed linears into a model on meta and fills them from its dense checkpoint.
 
     Attributes:
@@ -132,16 +132,6 @@ class LowbitQuantizer(HfQuantizer):
         """What is saved is an ordinary packed checkpoint."""
         return True
 
-    @property
-    def is_trainable(self) -> bool:
-        """Adapters on top of it are, as for any packed model."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """The matmul is a torch.library operator, so generate() may compile."""
-        return True
-
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
         """Bytes per element; dense weights that are only read take no room on the device a model is spread over."""
         read_only = param_name in self._op.slots and param.is_floating_point()
@@ -155,10 +145,6 @@ class LowbitQuantizer(HfQuantizer):
         """What packs a tensor."""
         return self._op
 
-    def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
-        """Experts are loaded one by one, not merged. transformers 5.17 does not say of which model."""
-        return separated(self._loading, super().update_weight_conversions(weight_conversions, *model))
-
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
         config = self.quantization_config
         assert isinstance(config, LowbitConfig)
@@ -168,7 +154,7 @@ class LowbitQuantizer(HfQuantizer):
                 "parts of them; write a packed folder with `lowbit quantize` and load that"
             )
         self._started = time.perf_counter()
-        self._loading: Any = weakref.proxy(model)
+        self._loading = weakref.proxy(model)
         dense_bytes = _tensor_bytes(model)
         conv1d = {name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
         plan = plan_linearized(model, config.spec, config.ignore, in_blocks=True, allow_partial=config.allow_partial)
@@ -215,10 +201,7 @@ class LowbitQuantizer(HfQuantizer):
             )
         for name, module in self._targets.items():
             place(model, name, module)
-        loaded = shapes_of(model)
-        wrong = [(name, loaded[name], shape) for name, shape in self._shapes.items() if loaded[name] != shape]
-        if wrong:
-            raise ValueError(f"weights of another shape (found, needed): {wrong[:5]}, {len(wrong)} in all")
+        check_shapes(model, self._shapes)
         assert isinstance(self.quantization_config, LowbitConfig)
         dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         stored = checkpoint_names(model, self._targets)
@@ -233,6 +216,18 @@ class LowbitQuantizer(HfQuantizer):
     def _finish_report(self, model: PreTrainedModel) -> None:
         report, names = self.report, list(self._targets)
         report.layers = [self._op.records[name] for name in names]
+        # Weights are tied by now, and were one by one when the report was begun.
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        shared = {
+            name: source
+            for name, source in model.all_tied_weights_keys.items()
+            if name in parameters and parameters[name] is parameters.get(source)
+        }
+        report.base_bytes -= sum(parameters[name].nbytes for name in shared)
+        report.skipped = [
+            replace(weight, reason=f"the same weight as {shared[weight.name]}") if weight.name in shared else weight
+            for weight in report.skipped
+        ]
         report.packed_bytes = _tensor_bytes(model)
         bits = 8 * sum(p.nbytes for name in names for part, p in self._targets[name].named_parameters()
                        if part not in ("weight_shape", "bias"))  # fmt: skip

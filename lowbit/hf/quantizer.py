@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import Checkpoint
 from ..cpu import DISK
+from ..dtypes import dtype_name
 from ..experts import Experts
 from ..formats.reordered import ReorderedLinear
 from ..heap import return_free_memory
@@ -35,8 +36,10 @@ from .sharded import settle_shards, sharded, tp_size
 
 __all__ = [
     "METHOD",
+    "LoadingQuantizer",
     "PackedConfig",
     "PackedQuantizer",
+    "check_shapes",
     "in_memory_config",
     "leave_parent_alone",
     "prepare",
@@ -62,7 +65,7 @@ def in_memory_config(checkpoint: Checkpoint, dtype: torch.dtype | None, *, repac
             linear.name: {
                 "shape": list(linear.shape),
                 "spec": linear.spec.to_dict(),
-                "scale_dtype": str(dtype or linear.scale_dtype).removeprefix("torch."),
+                "scale_dtype": dtype_name(dtype or linear.scale_dtype),
                 "reordered": linear.reordered,
             }
             for linear in checkpoint.linears.values()
@@ -91,8 +94,29 @@ class PackedConfig(QuantizationConfigMixin):
         return copy.deepcopy(self.stored)
 
 
+class LoadingQuantizer(HfQuantizer):
+    """What transformers is told alike of folders that are packed and of those that are packed while they are loaded."""
+
+    _loading: Any
+    """The model, weakly, while it is loaded."""
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters on top of it are: gradients go through the packed weights, which stay as they are."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The matmul is a torch.library operator, so generate() may compile."""
+        return True
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
+        """Packed experts are loaded one by one, not merged. transformers 5.17 does not say of which model."""
+        return separated(self._loading, super().update_weight_conversions(weight_conversions, *model))
+
+
 @register_quantizer(METHOD)
-class PackedQuantizer(HfQuantizer):
+class PackedQuantizer(LoadingQuantizer):
     """Replaces each ``nn.Linear`` that is packed on disk by an empty QuantLinear of the same name."""
 
     requires_calibration = True  # there is no quantizing while loading: folders come packed
@@ -111,16 +135,6 @@ class PackedQuantizer(HfQuantizer):
                 f"{reordered[0]}, reordered by act-order (g_idx), {len(reordered)} layers in all; `lowbit convert IN "
                 "OUT --to gptq` writes them"
             )
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Adapters on top of it are: gradients go through the packed weights, which stay as they are."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """The matmul is a torch.library operator, so generate() may compile."""
         return True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
@@ -156,19 +170,11 @@ class PackedQuantizer(HfQuantizer):
             place(model, module_name, packed)
             leave_parent_alone(model, module_name)
         self._shapes = shapes_of(model)
-        self._loading: Any = weakref.proxy(model)
-
-    def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
-        """Packed experts are loaded one by one, not merged. transformers 5.17 does not say of which model."""
-        return separated(self._loading, super().update_weight_conversions(weight_conversions, *model))
+        self._loading = weakref.proxy(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
         del self._loading  # a model is copied with its quantizer, and a weak reference cannot be
-        # transformers 5.17 lets a quantizer's model take a dense tensor of any shape without a word.
-        loaded = shapes_of(model)
-        wrong = [(name, loaded[name], shape) for name, shape in self._shapes.items() if loaded[name] != shape]
-        if wrong:
-            raise ValueError(f"weights of another shape (found, needed): {wrong[:5]}, {len(wrong)} in all")
+        check_shapes(model, self._shapes)
         settle_shards(model)
         assert isinstance(self.quantization_config, PackedConfig)
         if self.quantization_config.repack:
@@ -193,8 +199,7 @@ def prepare(model: nn.Module, reader: PlainReader | None = None, names: dict[str
         ValueError: scales that were finite and not zero in the file are not in the dtype they were loaded in.
     """
     experts = [module for module in model.modules() if isinstance(module, Experts)]
-    on_the_cpu = [group for group in experts if group.why_not_stackable() is None]  # disk tensors on CUDA do not stack
-    moving = {id(module) for group in on_the_cpu for module in group.modules()}
+    moving = {id(module) for group in experts if group.why_not_stackable() is None for module in group.modules()}
     for name, module in model.named_modules():
         if not isinstance(module, (QuantLinear, Int8Linear)):
             continue
@@ -204,9 +209,11 @@ def prepare(model: nn.Module, reader: PlainReader | None = None, names: dict[str
             continue
         if not bool((torch.isfinite(scales) & (scales != 0)).all()):
             raise ValueError(f"{name}: its scales do not fit into {scales.dtype}; load it with dtype auto or float32")
-        stored = f"{(names or {}).get(name)}.weight_packed"
-        if reader is not None and stored in reader and (id(module) in moving or _is_repacked_on_the_cpu(module)):
-            module.weight_packed = nn.Parameter(reader[stored][:], requires_grad=False)
+        attribute = "weight" if isinstance(module, Int8Linear) else "weight_packed"
+        stored, held = f"{(names or {}).get(name)}.{attribute}", getattr(module, attribute)
+        copied = held.device.type == "cpu" and (id(module) in moving or _is_repacked_on_the_cpu(module))
+        if copied and reader is not None and stored in reader and reader[stored].dtype == held.dtype:
+            setattr(module, attribute, nn.Parameter(reader[stored][:], requires_grad=False))
         module.repack()
     return_free_memory()
     for group in experts:
@@ -237,6 +244,21 @@ def leave_parent_alone(model: PreTrainedModel, name: str) -> None:
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shape of every entry of the state dict."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def check_shapes(model: nn.Module, before: dict[str, tuple[int, ...]]) -> None:
+    """Refuse what transformers 5.17 lets a quantizer's model take without a word: a dense tensor of any shape.
+
+    Args:
+        before: :func:`shapes_of` the model that was to be filled.
+
+    Raises:
+        ValueError: names the tensors, with the shapes found and needed.
+    """
+    loaded = shapes_of(model)
+    wrong = [(name, loaded[name], shape) for name, shape in before.items() if loaded[name] != shape]
+    if wrong:
+        raise ValueError(f"weights of another shape (found, needed): {wrong[:5]}, {len(wrong)} in all")
 
 
 def unknown_layers(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> list[str]:

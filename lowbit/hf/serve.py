@@ -25,9 +25,10 @@ import torch
 from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
+from ..dtypes import dtype_name, parse_dtype
 from ..facts import Checkup, check_up
 from .loading import load
-from .source import parse_device, parse_dtype, resolve
+from .source import parse_device, resolve
 
 if TYPE_CHECKING:
     from .serve_generate import Batched, Sequential
@@ -111,8 +112,8 @@ def serve(model: str, settings: Settings, announce: Callable[[dict[str, Any]], N
     Args:
         model: folder or hub id of a model that lowbit.load reads, packed or dense.
         settings: how.
-        announce: called once, when requests are answered, with url, model, path, packed, formats, device, dtype,
-            weights_bytes, context and continuous_batching.
+        announce: called once, when requests are answered, with url, model, path, packed, formats, weights_bytes,
+            device, dtype, context, continuous_batching and chat (whether there is a chat template).
 
     Raises:
         ModuleNotFoundError: the extra ``lowbit[serve]`` is not installed; the message has the command.
@@ -128,15 +129,8 @@ def serve(model: str, settings: Settings, announce: Callable[[dict[str, Any]], N
     folder = resolve(model, trust_remote_code=settings.trust_remote_code)
     checkup = check_up(folder)
     name = folder.resolve().name if Path(model).expanduser().is_dir() else model
-    if device.type == "cpu":
-        for variable in ONEDNN_CACHES:
-            os.environ.setdefault(variable, ONEDNN_CACHE_SHAPES)
     with listening(settings.host, settings.port) as listener, quiet(settings.log_level):
-        formats = ", ".join(kind.label() for kind in checkup.kinds)
-        _say(f"loading {folder}: {formats}, {checkup.tensor_bytes / 1e6:.1f} MB of weights, on {device}")
-        loaded, tokenizer = load(
-            folder, device=device, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code
-        )
+        loaded, tokenizer = load_checked(folder, checkup, device, settings)
         tokenizer = check_servable(folder, loaded, tokenizer, template)
         context = context_of(loaded)
         manager = generating(loaded, settings, context)
@@ -148,7 +142,7 @@ def serve(model: str, settings: Settings, announce: Callable[[dict[str, Any]], N
                 "path": model,
                 **weights_of(checkup),
                 "device": str(loaded.device),
-                "dtype": str(loaded.dtype).removeprefix("torch."),
+                "dtype": dtype_name(loaded.dtype),
                 "context": context,
                 "continuous_batching": settings.continuous_batching,
                 "chat": tokenizer.chat_template is not None,
@@ -156,13 +150,7 @@ def serve(model: str, settings: Settings, announce: Callable[[dict[str, Any]], N
             stopped_by = run(app, listener, settings.grace, settings.log_level, lambda: announce(ready))
         finally:
             ended = manager.finish(LAST_STEP)
-    if not ended:
-        # A thread inside a kernel cannot be stopped, and Python's end would abort in it.
-        _say("a generation did not end in time; leaving without it")
-        sys.stdout.flush()
-        os._exit(130 if stopped_by == signal.SIGINT else 0)
-    if stopped_by == signal.SIGINT:
-        raise KeyboardInterrupt
+    leave(stopped_by, ended)
 
 
 def require_extra() -> None:
@@ -170,6 +158,29 @@ def require_extra() -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(f"lowbit serve needs {', '.join(missing)}: pip install 'lowbit[serve]'")
+
+
+def load_checked(
+    folder: Path, checkup: Checkup, device: torch.device, settings: Settings
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """:func:`load`, announced on stderr, with oneDNN's caches bounded before the first product fills them."""
+    if device.type == "cpu":
+        for variable in ONEDNN_CACHES:
+            os.environ.setdefault(variable, ONEDNN_CACHE_SHAPES)
+    formats = ", ".join(kind.label() for kind in checkup.kinds)
+    _say(f"loading {folder}: {formats}, {checkup.tensor_bytes / 1e6:.1f} MB of weights, on {device}")
+    return load(folder, device=device, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
+
+
+def leave(stopped_by: int, ended: bool) -> None:
+    """What follows the server's end: KeyboardInterrupt after SIGINT; the process's own end if a thread still runs."""
+    if not ended:
+        # A thread inside a kernel cannot be stopped, and Python's end would abort in it.
+        _say("a generation did not end in time; leaving without it")
+        sys.stdout.flush()
+        os._exit(130 if stopped_by == signal.SIGINT else 0)
+    if stopped_by == signal.SIGINT:
+        raise KeyboardInterrupt
 
 
 def weights_of(checkup: Checkup) -> dict[str, Any]:

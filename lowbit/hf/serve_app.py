@@ -6,10 +6,11 @@ import inspect
 import time
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
+from starlette.exceptions import HTTPException
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
@@ -17,7 +18,7 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import CBWorkerDeadError
 
-from .serve_generate import CONTEXT_EXCEEDED, Batched, Sequential, State, current_job
+from .serve_generate import Batched, Sequential, State, current_job
 from .serve_guard import error_body
 from .serve_requests import RequestError, check_chat, check_completion
 
@@ -25,6 +26,9 @@ __all__ = ["OneModel", "build_app"]
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
 """What is kept of transformers' server. The others load and unload models by name, or are for other kinds of models."""
+
+COLDEST = 1e-6
+"""A temperature below it is taken for 0: the choice is the same, and logits divided by less overflow float32."""
 
 
 class UnknownModelError(LookupError):
@@ -85,6 +89,10 @@ class _OneModelHandler:
     def _keep(self, body: dict[str, Any], checked: dict[str, Any]) -> None:
         job = current_job.get()
         job.seed, job.asked = checked.pop("seed", None), checked.get("max_tokens")
+        stop = checked.get("stop", ())
+        job.stop_strings = (stop,) if isinstance(stop, str) else tuple(stop)
+        if checked.get("temperature", 1) < COLDEST:
+            checked["temperature"] = 0
         body.clear()
         body.update(checked)
 
@@ -105,9 +113,15 @@ class _Chat(_OneModelHandler, ChatCompletionHandler):
         self._keep(body, check_chat(body, batched=self.generation_state.use_continuous_batching()))
         tokenizer = self.model_manager.tokenizer
         taken = set(inspect.signature(tokenizer.apply_chat_template).parameters)
-        wrong = sorted(taken & body.get("chat_template_kwargs", {}).keys())
+        wrong = sorted((taken | {"messages"}) & body.get("chat_template_kwargs", {}).keys())
         if wrong:
             raise RequestError(f"chat_template_kwargs cannot set {wrong[0]!r}", "chat_template_kwargs")
+        vocabulary = self.model_manager.model.config.get_text_config().vocab_size
+        unknown = [token for token in body.get("logit_bias", {}) if int(token) >= vocabulary]
+        if unknown:
+            raise RequestError(
+                f"logit_bias names the token {unknown[0]}; this model's are 0 to {vocabulary - 1}", "logit_bias"
+            )
 
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
         name, model, tokenizer = super()._resolve_model(body)
@@ -158,9 +172,7 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse(error_body(status, message, field, code), status_code=status)
 
     def refused(_: Request, error: RequestError) -> JSONResponse:
-        if error.field == CONTEXT_EXCEEDED:
-            return answer(400, str(error), None, CONTEXT_EXCEEDED)
-        return answer(400, str(error), error.field)
+        return answer(400, str(error), error.field, error.code)
 
     def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
@@ -175,7 +187,7 @@ def _add_errors(app: FastAPI) -> None:
     app.add_exception_handler(UnknownModelError, lambda _, error: answer(404, str(error), "model", "model_not_found"))
     app.add_exception_handler(TemplateError, lambda _, error: answer(400, f"the chat template: {error}", "messages"))
     app.add_exception_handler(CBWorkerDeadError, lambda _, error: answer(503, str(error)))
-    app.add_exception_handler(HTTPException.__mro__[1], _http_error)
+    app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, failed)
 
 

@@ -12,6 +12,7 @@ import asyncio
 import json
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as StillRunning
@@ -31,6 +32,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopP
 
 from ..heap import return_free_memory
 from .serve_requests import RequestError
+from .serve_stop import StopCut
 
 __all__ = ["Batched", "Job", "Sequential", "State", "current_job"]
 
@@ -42,11 +44,13 @@ class Job:
     Attributes:
         asked: tokens the request asks for at most, None where it does not say.
         seed: of its random numbers.
+        stop_strings: texts that end the answer and are no part of it.
         stops: what ends the generation it started; harmless when that has ended already.
     """
 
     asked: int | None = None
     seed: int | None = None
+    stop_strings: tuple[str, ...] = ()
     sampling: dict[str, float] = field(default_factory=dict)
     stops: list[Callable[[], None]] = field(default_factory=list)
 
@@ -73,13 +77,9 @@ def fit(config: GenerationConfig, prompt_tokens: int, context: int) -> None:
         wanted = "" if asked is None else f" and {asked} for the answer"
         raise RequestError(
             f"this model's context is {context} tokens; the request has {prompt_tokens} in the prompt{wanted}",
-            CONTEXT_EXCEEDED,
+            code="context_length_exceeded",
         )
     config.max_new_tokens = min(config.max_new_tokens, context - prompt_tokens)
-
-
-CONTEXT_EXCEEDED = "context_length_exceeded"
-"""In place of a field's name: OpenAI has a code of its own for this error."""
 
 
 class Cancelled(Exception):
@@ -101,20 +101,38 @@ class _Watch:
 
 
 class _Stream:
-    """A queue of transformers' pieces of text, read only; an error's message is made fit for the JSON it goes into."""
+    """A queue of transformers' pieces of text, read only: up to a stop string, and with errors fit for their JSON.
 
-    def __init__(self, pieces: asyncio.Queue[Any]) -> None:
-        self._pieces = pieces
+    Args:
+        pieces: texts, other events of an answer, and None at its end.
+        cut: what the texts go through.
+    """
+
+    def __init__(self, pieces: asyncio.Queue[Any], cut: StopCut) -> None:
+        self._pieces, self._cut = pieces, cut
+        self._ready: deque[Any] = deque()
 
     async def get(self) -> Any:
-        return self._escaped(await self._pieces.get())
+        while not self._ready:
+            self._take(await self._pieces.get())
+        return self._ready.popleft()
 
     def get_nowait(self) -> Any:
-        return self._escaped(self._pieces.get_nowait())
+        while not self._ready:
+            self._take(self._pieces.get_nowait())
+        return self._ready.popleft()
 
-    @staticmethod
-    def _escaped(piece: Any) -> Any:
-        return _StreamError(json.dumps(piece.msg)[1:-1]) if isinstance(piece, _StreamError) else piece
+    def _take(self, piece: Any) -> None:
+        if isinstance(piece, _StreamError):
+            piece = _StreamError(json.dumps(piece.msg)[1:-1])
+        text = self._cut.feed(piece) if type(piece) is str else self._cut.flush()
+        self._ready.extend([text] if text else [])
+        self._ready.extend([] if type(piece) is str else [piece])
+
+
+def _was_stopped(config: GenerationConfig) -> None:
+    """Let transformers' handlers say "stop", also where the stop string came with the last token that was allowed."""
+    config.max_new_tokens = None
 
 
 class Sequential(GenerateManager):
@@ -130,15 +148,18 @@ class Sequential(GenerateManager):
         """transformers' own, within the context; raises before anything has been sent."""
         fit(gen_config, inputs["input_ids"].shape[-1], self.context)
         pieces, streamer = super().generate_streaming(model, processor, inputs, gen_config, *args, **options)
-        current_job.get().stops.append(streamer.cancel)
-        return _Stream(pieces), streamer
+        job = current_job.get()
+        job.stops.append(streamer.cancel)
+        return _Stream(pieces, StopCut(job.stop_strings, partial(_was_stopped, gen_config))), streamer
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **options: Any
     ) -> Any:
         """As generate_streaming."""
         fit(gen_config, inputs["input_ids"].shape[-1], self.context)
-        return await super().generate_non_streaming(model, processor, inputs, gen_config, *args, **options)
+        text, *counts = await super().generate_non_streaming(model, processor, inputs, gen_config, *args, **options)
+        cut = StopCut(current_job.get().stop_strings, partial(_was_stopped, gen_config))
+        return cut.feed(text) + cut.flush(), *counts
 
     def submit(self, fn: Callable[..., Any], *args: Any, **options: Any) -> Future[Any]:
         """Runs ``fn`` on the inference thread, which is where a seed has its effect."""
@@ -259,7 +280,7 @@ class Batched(CBGenerateManager):
         """transformers' own, within the context; raises before anything has been sent."""
         self._prepare(inputs, gen_config, request_id)
         pieces, streamer = super().generate_streaming(model, processor, inputs, gen_config, request_id, **options)
-        return _Stream(pieces), streamer
+        return _Stream(pieces, StopCut(())), streamer
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, **options: Any

@@ -100,6 +100,7 @@ class _Exchange:
         self.complete = self.streaming = self.broken = False
 
     async def run(self) -> None:
+        """Answer the request; returns when the answer is sent, or the client is gone and its generation cancelled."""
         job = Job()
         token = current_job.set(job)
         answer = asyncio.ensure_future(self.app(self.scope, self._receive, self._send))

@@ -10,7 +10,6 @@ Source: the request bodies of OpenAI's API reference, "Create chat completion" a
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,11 +20,11 @@ Check = Callable[[Any], str | None]
 
 
 class RequestError(ValueError):
-    """A request that is refused; ``field`` is the one at fault, or None."""
+    """A request that is refused: the ``field`` at fault and OpenAI's ``code`` of the error, where there is one."""
 
-    def __init__(self, message: str, field: str | None = None) -> None:
+    def __init__(self, message: str, field: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
-        self.field = field
+        self.field, self.code = field, code
 
 
 def check_chat(body: Mapping[str, Any], *, batched: bool) -> Body:
@@ -44,6 +43,8 @@ def check_chat(body: Mapping[str, Any], *, batched: bool) -> Body:
         raise RequestError("messages is missing: a list of objects with a role and a content", "messages")
     if "max_completion_tokens" in kept:  # transformers before 5.18 ignores the newer name
         kept["max_tokens"] = kept.pop("max_completion_tokens")
+    if "logit_bias" in kept:  # transformers takes floats only, and OpenAI's examples are integers
+        kept["logit_bias"] = {token: float(bias) for token, bias in kept["logit_bias"].items()}
     return kept
 
 
@@ -104,8 +105,8 @@ def _number(low: float, high: float, *, open_low: bool = False) -> Check:
     what = f"a number {'above' if open_low else 'from'} {low:g} {'up ' if open_low else ''}to {high:g}"
 
     def check(value: object) -> str | None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            return what
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return what  # not asked whether it is finite: an integer may be too large for that, and NaN is in no range
         return None if low <= value <= high and not (open_low and value == low) else what
 
     return check

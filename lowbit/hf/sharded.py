@@ -19,9 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..experts import Experts
-from ..int8 import int8_linear
 from ..linear import Int8Linear, QuantLinear, linear_class
-from ..ops import packed_linear
 from ..spec import QuantSpec
 
 __all__ = ["ShardedLinear", "settle_shards", "sharded", "tp_size"]
@@ -202,21 +200,7 @@ class ShardedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., K)`` of this rank's K -> ``(..., N)`` of its N, in x's dtype; of columns, a sum's summand."""
-        part, bias = self.part, self.bias
-        if isinstance(part, Int8Linear):
-            return int8_linear(x, part.weight, part.weight_scale, part.weight_zero_point, part.input_scale, bias)
-        if x.shape[-1] != part.in_features:
-            raise ValueError(f"x must be (..., {part.in_features}), got {tuple(x.shape)}")
-        return packed_linear(
-            x,
-            part.weight_packed,
-            part.weight_scale,
-            part.weight_zero_point,
-            bias,
-            bits=self.spec.bits,
-            group_size=self.spec.group_size,
-            layout=part._layout,
-        )
+        return self.part.product(x, self.bias)
 
     def extra_repr(self) -> str:
         """Sizes of the whole layer and what of it is shared out."""

@@ -1,4 +1,4 @@
-"""Where a model comes from, a local folder or the Hugging Face hub; and which device and dtype it gets."""
+"""Where a model comes from, a local folder or the Hugging Face hub; and which device it gets."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
 )
 
-__all__ = ["DTYPES", "auto_class", "parse_device", "parse_dtype", "resolve"]
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+__all__ = ["auto_class", "parse_device", "resolve"]
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
@@ -96,18 +94,4 @@ def parse_device(device: str | torch.device) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (parsed.index or 0) >= count:
             raise ValueError(f"device {str(device)!r} was asked for, but torch sees {count} CUDA devices")
-    return parsed
-
-
-def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """A compute dtype, or None for ``auto``.
-
-    Raises:
-        ValueError: not auto, float32, float16 or bfloat16.
-    """
-    if dtype == "auto":
-        return None
-    parsed = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if parsed not in DTYPES.values():
-        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {str(dtype)!r}")
     return parsed

@@ -1,13 +1,10 @@
-"""Loading packed and dense folders through transformers, and what a packed folder takes over from its source."""
+"""Packed folders loaded through transformers stay packed and compute what compressed-tensors says; dense ones too."""
 
 from __future__ import annotations
 
 import json
-import os
+import logging
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +17,12 @@ from transformers.utils import logging as hf_logging
 
 from lowbit import hf
 from lowbit.checkpoint import read_checkpoint
-from lowbit.linear import QuantLinear
 from lowbit.spec import QuantSpec
-from packed_folder import BOOKS_4M, edit_config, edit_tensors, pack_folder
+from packed_folder import BOOKS_4M, decoder_only, edit_tensors, pack_folder, packed_modules
 
 SPECS = [QuantSpec(4, 128, True), QuantSpec(4, 64, False), QuantSpec(8, -1, True), QuantSpec(2, 64, False)]
 TOKENS = torch.arange(5, 5 + 2 * 48).reshape(2, 48) * 37 % 4096
 BOOKS_LINEARS = 4 * 7
-
-
-def decoder_only(spec: QuantSpec) -> Callable[[str], QuantSpec | None]:
-    return lambda name: None if name == "lm_head" else spec
-
-
-def packed_modules(model: nn.Module) -> dict[str, QuantLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
 @torch.no_grad()
@@ -108,14 +96,13 @@ def test_the_loaded_model_takes_the_memory_of_its_file(folders: dict[QuantSpec, 
     assert not any(parameter.requires_grad for parameter in packed)
 
 
+@pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("spec", SPECS, ids=QuantSpec.label)
 def test_save_pretrained_writes_back_what_was_read(
     folders: dict[QuantSpec, Path], spec: QuantSpec, tmp_path: Path
 ) -> None:
     model, _ = hf.load(folders[spec], device="cpu")
-    hf_logging.disable_progress_bar()
     model.save_pretrained(tmp_path)
-    hf_logging.enable_progress_bar()
     saved, original = load_file(tmp_path / "model.safetensors"), load_file(folders[spec] / "model.safetensors")
     assert saved.keys() == original.keys()
     for name, tensor in original.items():
@@ -176,6 +163,20 @@ def test_loading_leaves_no_setting_behind(folders: dict[QuantSpec, Path], capfd:
     assert capfd.readouterr() == ("", "")
 
 
+def test_weights_a_dense_model_has_no_place_for_are_named_in_one_line(tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(BOOKS_4M, tmp_path / "model"))
+    edit_tensors(copy, lambda tensors: tensors.update({"model.layers.4.mtp.weight": torch.zeros(3)}))
+    said: list[str] = []
+    handler, logger = logging.Handler(), logging.getLogger("transformers")
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        hf.load_dense(copy)
+    finally:
+        logger.removeHandler(handler)
+    assert said == [f"{copy}: LlamaForCausalLM has no place for these weights: ['model.layers.4.mtp.weight'], 1 in all"]
+
+
 # --- architectures --------------------------------------------------------------------------------------------------
 
 SMALL = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -191,16 +192,14 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture(params=ARCHITECTURES)
-def tiny(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+def tiny(request: pytest.FixtureRequest, tmp_path: Path, quiet: None) -> Path:
     name, options = ARCHITECTURES[request.param]
     torch.manual_seed(0)
     config = getattr(transformers, name)(**options, dtype="float32")
     model = transformers.AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
-    hf_logging.disable_progress_bar()
     model.save_pretrained(tmp_path / "dense")
-    hf_logging.enable_progress_bar()
     return tmp_path / "dense"
 
 
@@ -241,12 +240,11 @@ def test_names_are_those_of_the_original_checkpoint(tmp_path: Path) -> None:
     assert not any("self_attn" in name for name in stored)
 
 
+@pytest.mark.usefixtures("quiet")
 def test_a_renamed_head_stays_dense_in_every_reader(tmp_path: Path) -> None:
     name, options = ARCHITECTURES["gpt_neox"]
-    hf_logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**options, dtype="float32"))
     model.save_pretrained(tmp_path / "dense")
-    hf_logging.enable_progress_bar()
     assert hf.ignore_names(model, ["lm_head"]) == ["lm_head", "embed_out"]
     folder = pack_folder(tmp_path / "dense", tmp_path / "packed", decoder_only(QuantSpec(4, 32, True)))
     assert "embed_out.weight" in read_checkpoint(folder).dense
@@ -286,122 +284,6 @@ def test_companion_files_travel_unchanged(folders: dict[QuantSpec, Path], tmp_pa
     assert {"tokenizer.json", "generation_config.json", "chat_template.jinja"} <= set(written)
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "written")
     assert again("A truth universally acknowledged") == tokenizer("A truth universally acknowledged")
-
-
-# --- bad input ------------------------------------------------------------------------------------------------------
-
-
-def test_a_missing_folder_is_reported_as_one(tmp_path: Path) -> None:
-    for load in (hf.load, hf.load_dense):
-        for missing in (tmp_path / "nothing", "./nothing", "a/b/c", "~/no such folder"):
-            with pytest.raises(FileNotFoundError, match="no such model folder"):
-                load(missing)
-        with pytest.raises(FileNotFoundError, match=r"no config\.json"):
-            load(tmp_path)
-        with pytest.raises(NotADirectoryError, match="is a file"):
-            load(BOOKS_4M / "config.json")
-
-
-def test_an_unreachable_id_mentions_folder_and_hub() -> None:
-    code = "from lowbit import hf\ntry: hf.load('no-such-org/no-such-model')\nexcept FileNotFoundError as e: print(e)"
-    root = Path(__file__).parent.parent
-    paths = os.pathsep.join([str(root), str(root / "kernels")])
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert "no folder no-such-org/no-such-model here" in done.stdout, done.stderr
-    assert "Hugging Face hub" in done.stdout
-
-
-def test_a_quantized_folder_is_not_a_dense_model(w4: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="quantized already \\(quant_method 'compressed-tensors'\\)"):
-        hf.load_dense(w4)
-    other = Path(shutil.copytree(BOOKS_4M, tmp_path / "gptq"))
-    edit_config(other, lambda config: config.update(quantization_config={"quant_method": "gptq", "bits": 4}))
-    with pytest.raises(ValueError, match="quant_method 'gptq'"):
-        hf.load_dense(other)
-    with pytest.raises(ValueError, match="says gptq, but no tensor is packed"):
-        hf.load(other)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_without_cuda_is_refused_before_loading(tmp_path: Path) -> None:
-    for device in ("cuda", "cuda:1"):
-        with pytest.raises(ValueError, match=f"'{device}' was asked for, but torch sees 0 CUDA devices"):
-            hf.load(tmp_path / "does not even exist", device=device)
-
-
-def test_devices_and_dtypes_that_are_none(w4: Path) -> None:
-    for device in ("gpu", "mps", ""):
-        with pytest.raises(ValueError, match="device must be auto, cpu, cuda"):
-            hf.load(w4, device=device)
-    for dtype in ("fp16", "int8", torch.float64):
-        with pytest.raises(ValueError, match="dtype must be auto, float32"):
-            hf.load(w4, device="cpu", dtype=dtype)
-
-
-def test_a_corrupt_shard_is_refused_before_a_model_is_built(w4: Path, tmp_path: Path) -> None:
-    dense = Path(shutil.copytree(BOOKS_4M, tmp_path / "dense"))
-    for folder, message in ((w4, r"model\.safetensors is not the file"), (dense, r"model\.safetensors is corrupt")):
-        path = folder / "model.safetensors"
-        path.write_bytes(path.read_bytes()[:-1])
-        with pytest.raises(ValueError, match=message):
-            hf.load(folder, device="cpu")
-    (w4 / "lowbit.json").unlink()
-    with pytest.raises(ValueError, match=r"model\.safetensors is corrupt or truncated"):
-        hf.load(w4, device="cpu")
-
-
-def rename(old: str, new: str) -> Callable[[dict[str, Tensor]], None]:
-    def change(tensors: dict[str, Tensor]) -> None:
-        for name in [name for name in tensors if old in name]:
-            tensors[name.replace(old, new)] = tensors.pop(name)
-
-    return change
-
-
-def down_from_up(tensors: dict[str, Tensor]) -> None:
-    for name in [name for name in tensors if "layers.0.mlp.down_proj" in name]:
-        tensors[name] = tensors[name.replace("down_proj", "up_proj")].clone()
-
-
-UNFIT: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
-    "missing dense": (lambda t: t.pop("model.norm.weight"), r"missing from the folder: \['model\.norm\.weight'\]"),
-    "missing packed": (rename("model.layers.3.mlp.up_proj", "x"), "x is packed, but LlamaForCausalLM has no nn.Linear"),
-    "extra dense": (lambda t: t.update({"extra.weight": torch.ones(2)}), r"no place for: \['extra\.weight'\]"),
-    "dense shape": (lambda t: t.update({"model.norm.weight": torch.ones(3)}), r"another shape .*model\.norm\.weight"),
-    "packed shape": (down_from_up, r"down_proj is packed with the shape \(768, 256\)"),
-}
-
-
-@pytest.mark.parametrize(("change", "message"), UNFIT.values(), ids=UNFIT)
-def test_tensors_that_do_not_fit_the_model_are_refused(
-    w4: Path, change: Callable[[dict[str, Tensor]], object], message: str
-) -> None:
-    edit_tensors(w4, change)
-    with pytest.raises(ValueError, match=message):
-        hf.load(w4, device="cpu")
-
-
-def test_a_packed_tied_head_is_refused(w4: Path) -> None:
-    edit_tensors(w4, rename("model.layers.0.self_attn.q_proj", "lm_head"))
-    edit_config(w4, lambda config: config["quantization_config"].update(ignore=[]))
-    with pytest.raises(ValueError, match="lm_head is packed, but the configuration ties its weight"):
-        hf.load(w4, device="cpu")
-
-
-def test_scales_that_a_narrower_dtype_cannot_hold_are_refused(w4: Path) -> None:
-    name = "model.layers.0.self_attn.q_proj.weight_scale"
-    edit_tensors(w4, lambda t: t[name].fill_(1e-30))
-    hf.load(w4, device="cpu")
-    with pytest.raises(ValueError, match="q_proj: its scales do not fit into"):
-        hf.load(w4, device="cpu", dtype="float16")
-
-
-def test_missing_dense_weights_are_never_random(tmp_path: Path) -> None:
-    dense = Path(shutil.copytree(BOOKS_4M, tmp_path / "dense"))
-    edit_tensors(dense, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
-    with pytest.raises(ValueError, match=r"missing from the folder: \['model\.layers\.1\.mlp\.up_proj\.weight'\]"):
-        hf.load_dense(dense)
 
 
 def test_finer_scales_than_the_models_dtype_are_kept(w4: Path) -> None:
