@@ -1,10 +1,13 @@
 """Wall time and peak memory of `lowbit quantize --method gptq` beside llm-compressor's GPTQ, on the same tokens.
 
-    python eval/bench_calibration.py --model MODEL --calibration FILE --peer-python PEER/bin/python [--out PREFIX]
+    PYTHONPATH=.:kernels PEER/bin/python eval/bench_calibration.py --model MODEL --calibration FILE \\
+        --peer-python PEER/bin/python [--out PREFIX]
 
 Each run is a process of its own, the two tools in turn, A B A B ...; each loads the model, calibrates on the same
 windows in the same dtype with the same number of threads, packs and saves. PEER is an environment with llmcompressor
-(eval/peers/llmcompressor_gptq.py runs in it). Writes PREFIX.json and PREFIX.md.
+(eval/peers/llmcompressor_gptq.py runs in it). lowbit runs in the interpreter that runs this script: with PEER's own, to
+which greenlet, rich, triton and typer were added, both tools run on the same libraries, whose imports differ by 50 MB
+between versions. Writes PREFIX.json and PREFIX.md.
 """
 
 from __future__ import annotations

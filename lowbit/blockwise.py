@@ -34,7 +34,7 @@ __all__ = ["METHODS", "Calibration", "quantize_blocks", "quantize_dense"]
 
 METHODS = ("gptq", "awq", "rtn", "awq+gptq")
 
-_HEAP_SLACK = 96 << 20  # bytes: less costs page faults, more costs memory
+_HEAP_SLACK = 80 << 20  # bytes: less costs page faults, more costs memory
 _MEMORY_SHARE = 0.3  # of the free memory that half-done batches may hold before blocks are run anew per stage
 
 
@@ -110,7 +110,7 @@ def quantize_blocks(
         store: called with each full name, its linear (already holding the dequantized weight) and the codes.
     """
     reference_batches = _reference_batches(len(inputs.hidden), how) if how.corrects else range(0)
-    own = [h.clone() if i in reference_batches else h[:0] for i, h in enumerate(inputs.hidden)]
+    own = [h.clone() if i in reference_batches else h.new_empty(0) for i, h in enumerate(inputs.hidden)]
     reference = BlockInputs(own, inputs.arguments, inputs.keyword)
     return_free_memory()  # tokenizing left some
     heap = GrowthLimit(_HEAP_SLACK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,15 +22,25 @@ class CausalSlices(TorchFunctionMode):
 
     Of ``256 <= T <= 512`` keys torch's kernel computes all ``T^2`` scores; eight slices compute 9/16 of them. The
     result is the kernel's up to the order of its float32 additions. Anything else is passed on as it is.
+
+    Args:
+        see_query: called with the queries of every attention.
     """
+
+    def __init__(self, see_query: Callable[[Tensor], None] | None = None) -> None:
+        super().__init__()
+        self._see_query = see_query
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """``func``, or its sliced form where that computes less."""
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and _gains(*args, **kwargs):
-            return _sliced(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            if self._see_query is not None:
+                self._see_query(args[0] if args else kwargs["query"])
+            if _gains(*args, **kwargs):
+                return _sliced(*args, **kwargs)
         return func(*args, **kwargs)
 
 

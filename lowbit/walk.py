@@ -38,6 +38,7 @@ __all__ = [
     "to_device",
 ]
 
+QUERY, HIDDEN = "(query)", "(hidden)"  # no module is called that
 Args = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -47,7 +48,8 @@ class LinearGroup:
 
     Attributes:
         names: relative to the block, in execution order.
-        unread: names of earlier linears whose inputs nothing reads any more once this group's are known.
+        unread: names of earlier linears whose inputs nothing reads any more once this group's are known; with
+            :data:`QUERY` and :data:`HIDDEN` where that is so of the attention's queries and the block's own input.
     """
 
     names: tuple[str, ...]
@@ -166,6 +168,10 @@ def capture_block_inputs(model: nn.Module, blocks: Sequence[Block], batches: Seq
     for block, seen in zip(blocks, caught.arguments, strict=True):
         if len(seen) != len(batches):
             raise ValueError(f"{block.name}: was called {len(seen)} times in {len(batches)} forward passes")
+    for number, states in enumerate(caught.hidden):  # the blocks' other arguments must outlive them
+        others = tree_leaves([seen[number] for seen in caught.arguments])
+        if _storage(states) in {_storage(other) for other in others if isinstance(other, Tensor)}:
+            caught.hidden[number] = states.clone()
     return caught
 
 
@@ -228,6 +234,7 @@ def linear_groups(block: Block, inputs: BlockInputs, index: int, device: torch.d
     kept: list[Tensor] = []  # no tensor may be freed while its address is a key
     seen: set[str] = set()
     reads = _Reads()
+    queries: list[Tensor] = []
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def record(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -248,14 +255,18 @@ def linear_groups(block: Block, inputs: BlockInputs, index: int, device: torch.d
         for name, linear in linears(block.module).items():
             undo.callback(linear.register_forward_pre_hook(hook(name)).remove)
         undo.enter_context(reads)
+        undo.enter_context(CausalSlices(queries.append))
         call_block(block.module, inputs.hidden[0], inputs.arguments[index][0], inputs.keyword, device)
     given = (inputs.hidden[0], inputs.arguments[index][0])  # not the block's to empty: T5's encoder states, for one
     entered = {_storage(value) for value in tree_leaves(given) if isinstance(value, Tensor)}
     ends = [reads.last[_storage(x)] if _storage(x) not in entered else reads.count for x in kept]
+    entered |= {_storage(tensor) for tensor in (*block.module.parameters(), *block.module.buffers())}
+    ends_of = {frozenset(names): end for names, end in zip(groups.values(), ends, strict=True)}
+    ends_of[frozenset([HIDDEN])] = reads.last.get(_storage(inputs.hidden[0]), reads.count)
+    asked = [reads.last[_storage(q)] if _storage(q) not in entered else reads.count for q in queries]
+    ends_of[frozenset([QUERY])] = max(asked, default=reads.count)
     return [
-        LinearGroup(
-            tuple(names), frozenset().union(*(g for g, end in zip(groups.values(), ends, strict=True) if end <= start))
-        )
+        LinearGroup(tuple(names), frozenset().union(*(these for these, end in ends_of.items() if end <= start)))
         for names, start in zip(groups.values(), starts, strict=True)
     ]
 
@@ -322,12 +333,15 @@ class BlockRun:
         hidden, rest = self._inputs.hidden[batch], self._inputs.arguments[self._index][batch]
         run = greenlet(lambda: call_block(self._module, hidden, rest, self._inputs.keyword, self._device))
         self._running.add(run)
-        self._read[batch] = {}
+        self._read[batch] = {HIDDEN: weakref.ref(hidden)}
         return run
 
-    @staticmethod
-    def _resume(run: greenlet) -> Any:
-        with CausalSlices():  # not around the whole run: it would sit in the way of the calibrators' small operations
+    def _resume(self, batch: int, run: greenlet) -> Any:
+        def see(query: Tensor) -> None:
+            self._read[batch][QUERY] = weakref.ref(query)
+
+        # Not around the whole run: it would sit in the way of the calibrators' small operations.
+        with CausalSlices(see):
             return run.switch()
 
     def _release(self, stage: int, batch: int, x: Tensor) -> None:
@@ -343,7 +357,7 @@ class BlockRun:
         """Inputs ``(tokens, K)`` of the stage's linears for one batch; stages must be asked for in increasing order."""
         run = self._halted.pop(batch) if batch in self._halted else self._start(batch)
         while True:
-            reached = self._resume(run)
+            reached = self._resume(batch, run)
             if run.dead:
                 raise RuntimeError(
                     f"block {self._index} ended before its stage {stage}: it does not run as it was traced"
@@ -371,8 +385,13 @@ class BlockRun:
         run = self._halted.pop(batch) if batch in self._halted else self._start(batch)
         output = None
         while not run.dead:
-            output = self._resume(run)
+            output = self._resume(batch, run)
         self._running.discard(run)
         assert isinstance(output, Tensor)
-        self._inputs.hidden[batch].copy_(output)  # in place: new tensors for every block fragment the heap
+        hidden = self._inputs.hidden[batch]
+        if hidden.numel():
+            hidden.copy_(output)
+        else:
+            output = output.to(hidden)
+            hidden.data = output if output.untyped_storage().nbytes() == output.nbytes else output.clone()
         self._finished.add(batch)

@@ -8,7 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit.walk import BlockRun, capture_block_inputs, find_blocks, linear_groups, linears
+from lowbit import walk
+from lowbit.causal import CausalSlices
+from lowbit.walk import (
+    HIDDEN,
+    QUERY,
+    Block,
+    BlockInputs,
+    BlockRun,
+    capture_block_inputs,
+    find_blocks,
+    linear_groups,
+    linears,
+)
 from tiny_models import ALL_LINEARS, FAMILIES, random_tokens, tiny_model
 
 CPU = torch.device("cpu")
@@ -99,11 +111,18 @@ def test_linears_that_read_one_tensor_form_one_group_in_execution_order(family):
     assert [tuple(sorted(g.names)) for g in found] == [tuple(sorted(names)) for names in GROUPS[family]]
 
 
-def test_the_memory_of_inputs_that_are_read_no_more_is_given_back():
-    """A halted block's frames still refer to them. What a parallel residual reads at the end stays."""
+def test_the_memory_of_what_is_read_no_more_is_given_back(monkeypatch):
+    """A halted block's frames still refer to it. What a parallel residual reads at the end stays."""
     blocks, inputs = _blocks_and_inputs(tiny_model("llama"))
     groups = linear_groups(blocks[0], inputs, 0, CPU)
-    assert [group.unread for group in groups] == [set(), set(LLAMA[0]), {*LLAMA[0], *LLAMA[1]}, set().union(*LLAMA[:3])]
+    assert [group.unread for group in groups] == [
+        set(),
+        {QUERY, *LLAMA[0]},
+        {QUERY, HIDDEN, *LLAMA[0], *LLAMA[1]},
+        {QUERY, HIDDEN, *LLAMA[0], *LLAMA[1], *LLAMA[2]},
+    ]
+    queries = []
+    monkeypatch.setattr(walk, "CausalSlices", lambda see: CausalSlices(lambda q: (queries.append(q), see(q))))
     stops = [group.names[0] for group in groups]
     caught = []
     hook = linears(blocks[0].module)[stops[0]].register_forward_pre_hook(lambda _, args: caught.append(args[0]))
@@ -113,7 +132,77 @@ def test_the_memory_of_inputs_that_are_read_no_more_is_given_back():
         assert caught[0].numel() > 0
         run.inputs(1, 0)
         assert caught[0].numel() == 0
+        assert [q.numel() for q in queries] == [0]
+        assert inputs.hidden[0].numel() > 0
+        run.inputs(2, 0)
+        assert inputs.hidden[0].numel() == 0
     hook.remove()
+
+
+class _Remembering(nn.Module):
+    """Blocks that are handed the embeddings as well, the very tensor or a view of it."""
+
+    def __init__(self, view: bool) -> None:
+        super().__init__()
+        self.view, self.embed = view, nn.Embedding(8, 4)
+        self.layers = nn.ModuleList(_RememberingBlock() for _ in range(2))
+
+    def forward(self, ids, use_cache=False):
+        embedded = self.embed(ids)
+        x = embedded.view(-1, 4).view_as(embedded) if self.view else embedded
+        for layer in self.layers:
+            x = layer(x, embedded)
+        return x
+
+
+class _RememberingBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, embedded):
+        return x + self.last(self.first(x).relu()) + embedded
+
+
+@pytest.mark.parametrize("view", [True, False])
+@pytest.mark.parametrize("keep", [True, False])
+def test_arguments_outlive_the_hidden_states_they_share_memory_with(view, keep):
+    model, ids = _Remembering(view), torch.arange(6).view(2, 3)
+    blocks = find_blocks(model)
+    with torch.no_grad():
+        expected = model(ids)
+        inputs = capture_block_inputs(model, blocks, [ids])
+        for index, block in enumerate(blocks):
+            groups = linear_groups(block, inputs, index, CPU)
+            stops, unread = [group.names[0] for group in groups], [group.unread for group in groups]
+            with BlockRun(block.module, inputs, index, stops, CPU, keep=keep, unread=unread) as run:
+                for stage in range(len(stops)):
+                    run.inputs(stage, 0)
+                run.finish()
+    assert torch.equal(inputs.hidden[0], expected)
+
+
+class _LearnedQueries(nn.Module):
+    """Asks its parameter, or what it reads again at its end."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.again, self.query = again, nn.Parameter(torch.randn(1, 1, 3, 8))
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.first(x).unsqueeze(1)
+        query = y + 1 if self.again else self.query
+        y = nn.functional.scaled_dot_product_attention(query, y, y).squeeze(1)
+        return self.last(y) + (query.squeeze(1) if self.again else 0)
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_queries_that_are_read_again_or_are_parameters_keep_their_memory(again):
+    block = Block("block", _LearnedQueries(again))
+    inputs = BlockInputs([torch.randn(1, 3, 8)], [[((), {})]])
+    groups = linear_groups(block, inputs, 0, CPU)
+    assert [QUERY in group.unread for group in groups] == [False, False]
 
 
 def test_the_head_runs_for_the_first_batch_only():
