@@ -34,7 +34,7 @@ __all__ = ["METHODS", "Calibration", "quantize_blocks", "quantize_dense"]
 
 METHODS = ("gptq", "awq", "rtn", "awq+gptq")
 
-_HEAP_SLACK = 80 << 20  # bytes: less costs page faults, more costs memory
+_HEAP_SLACK = 128 << 20  # bytes: less costs page faults, more costs memory
 _MEMORY_SHARE = 0.3  # of the free memory that half-done batches may hold before blocks are run anew per stage
 
 
