@@ -61,7 +61,8 @@ class BlockInputs:
     """Everything the blocks are called with, batch by batch.
 
     Attributes:
-        hidden: per batch, the hidden states entering the current block, ``(B, T, D)``, on the storage device.
+        hidden: per batch, the hidden states entering the current block, ``(B, T, D)``, on the storage device. Empty
+            while a :class:`BlockRun` that was told so no longer needs them, and after one that is not finished.
         arguments: ``arguments[block][batch]``: the other positional and keyword arguments, hidden states taken out.
             Equal arguments of different batches are one object.
         keyword: whether a block takes its hidden states as the keyword ``hidden_states``.
@@ -390,8 +391,8 @@ class BlockRun:
         assert isinstance(output, Tensor)
         hidden = self._inputs.hidden[batch]
         if hidden.numel():
-            hidden.copy_(output)
-        else:
+            hidden.copy_(output)  # in place: new tensors for every block fragment the heap
+        else:  # given back on the way
             output = output.to(hidden)
             hidden.data = output if output.untyped_storage().nbytes() == output.nbytes else output.clone()
         self._finished.add(batch)

@@ -57,7 +57,7 @@ def check_output(out: str | os.PathLike[str], source: str | os.PathLike[str] | N
     if not target.is_dir() or target.is_symlink():
         raise FileExistsError(f"the output {target} exists and is not a folder")
     if not overwrite:
-        raise FileExistsError(f"the output folder {target} exists; choose another name or allow overwriting")
+        raise FileExistsError(f"the output folder {target} exists; choose another name or add --overwrite")
     if any(target.iterdir()) and not (target / "config.json").is_file():
         raise FileExistsError(
             f"the output folder {target} has no config.json, so it is not a model and is not replaced"

@@ -10,7 +10,7 @@ from refusals import CALIBRATED, arguments
 def test_an_output_that_exists_is_refused_without_overwrite(refused, model, tmp_path):
     (tmp_path / "out").mkdir()
     message = refused(["quantize", str(model), str(tmp_path / "out"), *CALIBRATED])
-    assert message == f"the output folder {tmp_path / 'out'} exists; choose another name or allow overwriting"
+    assert message == f"the output folder {tmp_path / 'out'} exists; choose another name or add --overwrite"
 
 
 def test_a_folder_that_is_no_model_is_not_overwritten(refused, model, tmp_path):
