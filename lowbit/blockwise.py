@@ -10,7 +10,7 @@ import copy
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,14 @@ from .calib.gptq import factorize, gptq_quantize
 from .calib.hessian import CrossMoment, Hessian, output_loss
 from .calib.rtn import rtn_quantize
 from .distributed import ALONE, Ranks
-from .fold import exact_folds, in_float32
+from .fold import exact_folds, first_call, in_float32
 from .folding import Folding
 from .heap import GrowthLimit, return_free_memory
 from .mappings import Fold, reasons_without_fold, resolve
 from .report import LayerRecord
 from .routed import BLENDED, RoutedInputs
 from .spec import QuantSpec
-from .walk import Block, BlockInputs, BlockRun, LinearGroup, linear_groups, linears, to_device
+from .walk import Block, BlockInputs, BlockRun, LinearGroup, linear_groups, linears
 
 __all__ = ["METHODS", "Calibration", "quantize_blocks", "quantize_dense"]
 
@@ -153,6 +153,10 @@ class _BlockWork:
         self.routed = RoutedInputs(block.module, how.device, how.ranks)
 
     def run(self) -> Iterator[LayerRecord]:
+        """Quantize the wanted linears, in the order in which the block calls them, those it does not call last.
+
+        After it the hidden states are the quantized block's, except behind the last block.
+        """
         reached = {name for group in self.groups for name in group.names}
         if "awq" in self.how.method:
             self._fold_scales()
@@ -274,10 +278,8 @@ class _BlockWork:
     def _unreached(self, name: str) -> LayerRecord:
         linear = self.modules[name]
         note = "no calibration token reached it: rounded to nearest"
-        record = _rounded(
-            f"{self.block.name}.{name}", linear, linear.weight.detach(), self.how.spec, self.store, (note,)
-        )
-        return record
+        full_name = f"{self.block.name}.{name}"
+        return _rounded(full_name, linear, linear.weight.detach(), self.how.spec, self.store, (note,))
 
     def _fold_scales(self) -> None:
         """AWQ's scale search on the unquantized block, the scales moved into the norm or linear before."""
@@ -304,18 +306,12 @@ class _BlockWork:
                 self.notes[name] = (f"{what} alone: {reasons[name]}",)
 
     def _exact_folds(self, folds: Sequence[Fold]) -> tuple[list[Fold], list[Fold]]:
+        block, call = self.block.module, (self.inputs, self.index, self.how.device)
         try:
-            return exact_folds(self.block.module, folds, *self._first_sequences(1))
+            return exact_folds(block, folds, *first_call(*call, sequences=1))
         except RuntimeError:
             # Not every argument can be cut: BLOOM's alibi has a row for each head of each sequence.
-            return exact_folds(self.block.module, folds, *self._first_sequences(self.inputs.hidden[0].shape[0]))
-
-    def _first_sequences(self, count: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of a call of the block with the first ``count`` sequences of the first batch, in float32."""
-        hidden, rest = self.inputs.hidden[0], self.inputs.arguments[self.index][0]
-        first: Tensor = to_device(hidden[:count], self.how.device).float()
-        args, kwargs = _cut(to_device(rest, self.how.device), hidden.shape[0], count)
-        return (args, {**kwargs, "hidden_states": first}) if self.inputs.keyword else ((first, *args), kwargs)
+            return exact_folds(block, folds, *first_call(*call))
 
     def _fits(self) -> bool:
         """Whether all batches can stay halted inside the block at once."""
@@ -342,18 +338,6 @@ def _reference_share(bits: int) -> float:
     eval/results/notes.md has the KL at 1, 1/4, 1/8 and 1/16.
     """
     return 0.25 if bits < 4 else 0.125
-
-
-def _cut(value: Any, batch: int, count: int) -> Any:
-    """Nested arguments in float32, tensors that lead with a batch's number of sequences cut to the first ``count``."""
-    if isinstance(value, Tensor):
-        cut = value[:count] if value.ndim > 1 and value.shape[0] == batch else value
-        return cut.float() if cut.is_floating_point() else cut
-    if isinstance(value, (tuple, list)):
-        return type(value)(_cut(item, batch, count) for item in value)
-    if isinstance(value, dict):
-        return {key: _cut(item, batch, count) for key, item in value.items()}
-    return value
 
 
 def _free_bytes(device: torch.device) -> float:

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .mappings import Fold
+from .walk import BlockInputs, first_output, to_device
 
-__all__ = ["apply_fold", "exact_folds", "in_float32"]
+__all__ = ["apply_fold", "exact_folds", "first_call", "in_float32"]
 
 # A wrong fold changes a branch by about its own size, float32 rounding by about 1e-6 of it.
 _EXACT = 1e-3
@@ -60,7 +62,7 @@ def exact_folds(
 
     Args:
         block: a float32 or float64 decoder block.
-        args, kwargs: arguments of a real call of the block, the hidden states first.
+        args, kwargs: arguments of a real call of the block, the hidden states first (:func:`first_call`).
 
     Returns:
         the folds that change nothing, and those that do.
@@ -75,21 +77,23 @@ def exact_folds(
     coarse = sorted({str(p.dtype) for p in saved if p.dtype not in (torch.float32, torch.float64)})
     if coarse:
         raise ValueError(f"folds are tested in float32 or float64, this block holds {coarse}")
-    expected = _hidden(block(*args, **kwargs))
+    expected = first_output(block(*args, **kwargs))
     hidden = args[0] if args else kwargs["hidden_states"]
     allowed = _EXACT * (expected - hidden).double().norm()
 
     def changes_nothing(tried: Sequence[int]) -> bool:
+        """Whether the block's output stays when all of these folds are applied at once; undoes them."""
         try:
             for i in tried:
                 apply_fold(block, folds[i], _powers_of_two(block, folds[i], seed=i))
-            change = (_hidden(block(*args, **kwargs)) - expected).double().norm()
+            change = (first_output(block(*args, **kwargs)) - expected).double().norm()
         finally:
             for parameter, value in saved.items():
                 parameter.copy_(value)
         return bool(change <= allowed)
 
     def wrong(tried: Sequence[int]) -> list[int]:
+        """Those of the folds that change the output, by bisection."""
         if not tried or changes_nothing(tried):
             return []
         middle = len(tried) // 2
@@ -97,6 +101,28 @@ def exact_folds(
 
     bad = set(wrong(range(len(folds))))
     return [fold for i, fold in enumerate(folds) if i not in bad], [folds[i] for i in sorted(bad)]
+
+
+def first_call(
+    inputs: BlockInputs, index: int, device: torch.device, sequences: int | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a call of block ``index`` with its first batch, in float32 on ``device``.
+
+    Args:
+        sequences: of the batch only the first so many, in every argument that leads with the batch's number of them.
+    """
+    hidden, rest = inputs.hidden[0], to_device(inputs.arguments[index][0], device)
+    batch = hidden.shape[0]
+
+    def cut(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        part = value[:sequences] if value.ndim > 1 and value.shape[0] == batch else value
+        return part.float() if part.is_floating_point() else part
+
+    args, kwargs = tree_map(cut, rest)
+    first: Tensor = to_device(hidden[:sequences], device).float()
+    return (args, {**kwargs, "hidden_states": first}) if inputs.keyword else ((first, *args), kwargs)
 
 
 @contextmanager
@@ -151,10 +177,3 @@ def _powers_of_two(block: nn.Module, fold: Fold, seed: int) -> Tensor:
     draw = torch.randint(-1, 2, (count,), generator=torch.Generator().manual_seed(seed))
     scales = torch.exp2(draw.to(weight.dtype)).to(weight.device)
     return scales if ids is None else scales[ids.to(weight.device)]
-
-
-def _hidden(output: Any) -> Tensor:
-    tensor = output[0] if isinstance(output, (tuple, list)) else output
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"a decoder block must return hidden states first, got {type(tensor).__name__}")
-    return tensor

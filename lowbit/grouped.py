@@ -24,13 +24,11 @@ from torch import Tensor
 
 from . import ops
 from .cpu import DISK
-from .ops import CUDA_TILES
+from .ops import CUDA_TILES, HALVES
 from .registration import register, register_gradient
-from .routing import check_rows, of, ranges, row_experts
+from .routing import assemble, check_rows, of, ranges, row_experts
 
 __all__ = ["grouped_packed_linear"]
-
-_HALVES = (torch.float16, torch.bfloat16)
 
 
 def grouped_packed_linear(
@@ -91,13 +89,12 @@ def _per_expert(
 ) -> Tensor:
     """On any device and from any layout; copies ``ends`` to the host."""
     _check(x, ends, slots, weight, scales, zeros, bias, bits, group_size, layout)
-    found, left_out = ranges(ends, slots, x.shape[0], len(weight))
-    out = (x.new_zeros if left_out else x.new_empty)(x.shape[0], ops.rows_of(scales[0], layout))
-    for w, begin, end in found:
-        out[begin:end] = ops.unpacked_linear(
-            x[begin:end], weight[w], scales[w], of(zeros, w), of(bias, w), bits, group_size, layout
-        )
-    return out
+
+    def product(w: int, rows: slice) -> Tensor:
+        return ops.unpacked_linear(x[rows], weight[w], scales[w], of(zeros, w), of(bias, w), bits, group_size, layout)
+
+    found = ranges(ends, slots, x.shape[0], len(weight))
+    return assemble(found, x, ops.rows_of(scales[0], layout), product)
 
 
 def _forward_cuda(
@@ -112,7 +109,7 @@ def _forward_cuda(
     group_size: int,
     layout: str,
 ) -> Tensor:
-    if layout != CUDA_TILES or x.dtype not in _HALVES:
+    if layout != CUDA_TILES or x.dtype not in HALVES:
         return _per_expert(x, ends, slots, weight, scales, zeros, bias, bits, group_size, layout)
     _check(x, ends, slots, weight, scales, zeros, bias, bits, group_size, layout)
     how: dict[str, Any] = {"bits": bits, "group_size": group_size, "n": scales.shape[-1], "slots": slots}
@@ -120,20 +117,9 @@ def _forward_cuda(
     return ops.grouped_kernel()(ops.aligned_rows(x), ends.to(torch.int32), weight, scales, zeros, bias, **how)
 
 
-def _fake(
-    x: Tensor,
-    ends: Tensor,
-    slots: Tensor | None,
-    weight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    layout: str,
-) -> Tensor:
-    _check(x, ends, slots, weight, scales, zeros, bias, bits, group_size, layout)
-    return x.new_empty(x.shape[0], ops.rows_of(scales[0], layout))
+def _fake(x: Tensor, ends: Tensor, slots: Tensor | None, weight: Tensor, scales: Tensor, *rest: Any) -> Tensor:
+    _check(x, ends, slots, weight, scales, *rest)
+    return x.new_empty(x.shape[0], ops.rows_of(scales[0], layout=rest[-1]))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -173,17 +159,11 @@ def _input_gradient(
     k: int,
 ) -> Tensor:
     """``grad (T, N)`` times W of each row's expert, ``(T, K)`` in grad's dtype; zeros for rows without a weight."""
-    found, left_out = ranges(ends, slots, grad.shape[0], len(weight))
-    out = (grad.new_zeros if left_out else grad.new_empty)(grad.shape[0], k)
-    for w, begin, end in found:
-        out[begin:end] = ops.input_gradient(
-            grad[begin:end], weight[w], scales[w], of(zeros, w), bits, group_size, layout, k
-        )
-    return out
 
+    def product(w: int, rows: slice) -> Tensor:
+        return ops.input_gradient(grad[rows], weight[w], scales[w], of(zeros, w), bits, group_size, layout, k)
 
-def _fake_input_gradient(grad: Tensor, *rest: Any) -> Tensor:
-    return grad.new_empty(grad.shape[0], rest[-1])
+    return assemble(ranges(ends, slots, grad.shape[0], len(weight)), grad, k, product)
 
 
 register(
@@ -199,5 +179,5 @@ register_gradient(
     "grouped_packed_linear_backward(Tensor grad, Tensor ends, Tensor? slots, Tensor weight, Tensor scales, "
     "Tensor? zeros, int bits, int group_size, str layout, SymInt k) -> Tensor",
     anywhere=_input_gradient,
-    fake=_fake_input_gradient,
+    fake=lambda grad, *rest: grad.new_empty(grad.shape[0], rest[-1]),
 )

@@ -24,7 +24,7 @@ from torch import Tensor
 from .int8 import check_int8, int8_input_gradient, multiply_codes, quantize_activations
 from .ops import aligned_rows, grouped_int8_kernel
 from .registration import register, register_gradient
-from .routing import check_rows, of, ranges, row_experts
+from .routing import assemble, check_rows, of, ranges, row_experts
 
 __all__ = ["grouped_int8_linear"]
 
@@ -81,22 +81,19 @@ def _forward_cpu(
     bias: Tensor | None,
 ) -> Tensor:
     _check(x, ends, slots, weight, weight_scale, weight_zero, input_scale, bias)
-    rows = x.shape[0]
-    found, left_out = ranges(ends, slots, rows, len(weight))
-    out = (x.new_zeros if left_out else x.new_empty)(rows, weight.shape[1])
-    codes, scales = quantize_activations(
-        x, None if input_scale is None else _scale_of_rows(input_scale, ends, slots, x)
-    )
-    for w, begin, end in found:
-        mine = slice(begin, end)
-        part = multiply_codes(codes[mine], scales[mine], weight[w], weight_scale[w], of(weight_zero, w), of(bias, w))
-        out[mine] = part
-    return out
+    found = ranges(ends, slots, x.shape[0], len(weight))
+    static = None if input_scale is None else _scale_of_rows(input_scale, ends, slots, x.shape[0])
+    codes, scales = quantize_activations(x, static)
+
+    def product(w: int, rows: slice) -> Tensor:
+        return multiply_codes(codes[rows], scales[rows], weight[w], weight_scale[w], of(weight_zero, w), of(bias, w))
+
+    return assemble(found, x, weight.shape[1], product)
 
 
-def _scale_of_rows(input_scale: Tensor, ends: Tensor, slots: Tensor | None, x: Tensor) -> Tensor:
+def _scale_of_rows(input_scale: Tensor, ends: Tensor, slots: Tensor | None, rows: int) -> Tensor:
     """``(T,)``; any scale for a row that no weight here is for."""
-    experts = row_experts(ends, x.shape[0]).clamp_(max=len(ends) - 1)
+    experts = row_experts(ends, rows).clamp_(max=len(ends) - 1)
     return input_scale.reshape(-1)[experts if slots is None else slots[experts].long().clamp_(min=0)]
 
 
@@ -117,17 +114,8 @@ def _forward_cuda(
     return grouped_int8_kernel()(aligned_rows(x), ends.to(torch.int32), slots, *packed)
 
 
-def _fake(
-    x: Tensor,
-    ends: Tensor,
-    slots: Tensor | None,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_zero: Tensor | None,
-    input_scale: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    _check(x, ends, slots, weight, weight_scale, weight_zero, input_scale, bias)
+def _fake(x: Tensor, ends: Tensor, slots: Tensor | None, weight: Tensor, *rest: Any) -> Tensor:
+    _check(x, ends, slots, weight, *rest)
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
@@ -148,15 +136,11 @@ def _input_gradient(
     weight_zero: Tensor | None,
 ) -> Tensor:
     """``grad (T, N)`` times W of each row's expert, ``(T, K)`` in grad's dtype; zeros for rows without a weight."""
-    found, left_out = ranges(ends, slots, grad.shape[0], len(weight))
-    out = (grad.new_zeros if left_out else grad.new_empty)(grad.shape[0], weight.shape[2])
-    for w, begin, end in found:
-        out[begin:end] = int8_input_gradient(grad[begin:end], weight[w], weight_scale[w], of(weight_zero, w))
-    return out
 
+    def product(w: int, rows: slice) -> Tensor:
+        return int8_input_gradient(grad[rows], weight[w], weight_scale[w], of(weight_zero, w))
 
-def _fake_input_gradient(grad: Tensor, ends: Tensor, slots: Tensor | None, weight: Tensor, *rest: Any) -> Tensor:
-    return grad.new_empty(grad.shape[0], weight.shape[2])
+    return assemble(ranges(ends, slots, grad.shape[0], len(weight)), grad, weight.shape[2], product)
 
 
 register(
@@ -172,5 +156,5 @@ register_gradient(
     "grouped_int8_linear_backward(Tensor grad, Tensor ends, Tensor? slots, Tensor weight, Tensor weight_scale, "
     "Tensor? weight_zero) -> Tensor",
     anywhere=_input_gradient,
-    fake=_fake_input_gradient,
+    fake=lambda grad, ends, slots, weight, *_: grad.new_empty(grad.shape[0], weight.shape[2]),
 )

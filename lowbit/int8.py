@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .ops import aligned_rows, int8_kernel
-from .registration import check_tensor, register, register_gradient
+from .registration import FLOATS, check_activations, check_tensor, register, register_gradient
 
 __all__ = [
     "check_int8",
@@ -48,7 +48,6 @@ __all__ = [
     "quantize_activations",
 ]
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _SMALLEST_MAXIMUM = 2.0**-100
 _EXACT_COLUMNS = 1024  # 128 * 128 * 1024 = 2**24: fp32 adds so many products of int8 numbers without rounding
 _CHUNK = 2**20  # weights dequantized at a time
@@ -89,8 +88,7 @@ def check_int8(
     bias: Tensor | None,
 ) -> None:
     """Compare with the module's table, x being (..., K). ValueError names the first contradiction."""
-    if x.ndim == 0 or x.dtype not in _FLOATS:
-        raise ValueError(f"x must be (..., K) in one of {_FLOATS}, got {tuple(x.shape)} {x.dtype}")
+    check_activations(x)
     if weight.ndim != 2 or weight.dtype != torch.int8:
         raise ValueError(f"weight must be (N, K) int8, got {tuple(weight.shape)} {weight.dtype}")
     n, k = weight.shape
@@ -100,13 +98,13 @@ def check_int8(
     if n < 1 or not 1 <= k <= limit:
         raise ValueError(f"N must be at least 1 and K from 1 to {limit} (sums are int32), got weight {(n, k)}")
     check_tensor("weight", weight, (n, k), (torch.int8,), x)
-    check_tensor("weight_scale", weight_scale, (n, 1), _FLOATS, x)
+    check_tensor("weight_scale", weight_scale, (n, 1), FLOATS, x)
     if weight_zero is not None:
         check_tensor("weight_zero", weight_zero, (n, 1), (torch.int8,), x)
     if input_scale is not None:
-        check_tensor("input_scale", input_scale, (1,) if input_scale.ndim else (), _FLOATS, x)
+        check_tensor("input_scale", input_scale, (1,) if input_scale.ndim else (), FLOATS, x)
     if bias is not None:
-        check_tensor("bias", bias, (n,), _FLOATS, x)
+        check_tensor("bias", bias, (n,), FLOATS, x)
 
 
 def quantize_activations(x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -195,16 +193,9 @@ def int8_input_gradient(grad: Tensor, weight: Tensor, weight_scale: Tensor, weig
     return out.to(grad.dtype)
 
 
-def _forward_cpu(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_zero: Tensor | None,
-    input_scale: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    check_int8(x, weight, weight_scale, weight_zero, input_scale, bias)
-    out = _linear(x.reshape(-1, x.shape[-1]), weight, weight_scale, weight_zero, input_scale, bias)
+def _forward_cpu(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    check_int8(x, weight, *rest)
+    out = _linear(x.reshape(-1, x.shape[-1]), weight, *rest)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -222,15 +213,8 @@ def _forward_cuda(
     return out if x.ndim == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_zero: Tensor | None,
-    input_scale: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    check_int8(x, weight, weight_scale, weight_zero, input_scale, bias)
+def _fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    check_int8(x, weight, *rest)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -242,13 +226,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.lowbit.int8_linear_backward(grad, *ctx.saved_tensors), *[None] * 5
 
 
-def _grad(grad: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero: Tensor | None) -> Tensor:
+def _input_gradient(grad: Tensor, weight: Tensor, weight_scale: Tensor, weight_zero: Tensor | None) -> Tensor:
     flat = int8_input_gradient(grad.reshape(-1, grad.shape[-1]), weight, weight_scale, weight_zero)
     return flat.view(*grad.shape[:-1], weight.shape[1])
-
-
-def _fake_grad(grad: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], weight.shape[1])
 
 
 register(
@@ -262,6 +242,6 @@ register(
 )
 register_gradient(
     "int8_linear_backward(Tensor grad, Tensor weight, Tensor weight_scale, Tensor? weight_zero) -> Tensor",
-    anywhere=_grad,
-    fake=_fake_grad,
+    anywhere=_input_gradient,
+    fake=lambda grad, weight, *_: grad.new_empty(*grad.shape[:-1], weight.shape[1]),
 )

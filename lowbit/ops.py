@@ -1,4 +1,6 @@
-"""The torch.library operator behind QuantLinear; the only importer of lowbit_kernels (int8.py has the other operator).
+"""The torch.library operator behind QuantLinear; the only importer of lowbit_kernels.
+
+int8.py, grouped.py and grouped_int8.py have the other operators.
 
     lowbit::packed_linear(x, weight, scales, zeros?, bias?, bits, group_size, layout) -> x @ W.T + bias
 
@@ -33,11 +35,12 @@ from torch import Tensor
 
 from . import cpu
 from .cpu import CPU_INT4, CPU_INT8, DISK
-from .registration import check_tensor, register, register_gradient
+from .registration import FLOATS, check_activations, check_tensor, register, register_gradient
 from .spec import GROUP_SIZES, PACKED_BITS
 
 __all__ = [
     "CUDA_TILES",
+    "HALVES",
     "LAYOUTS",
     "aligned_rows",
     "batch_invariant",
@@ -60,8 +63,8 @@ __all__ = [
 CUDA_TILES = "cuda_tiles"
 LAYOUTS = (DISK, CPU_INT4, CPU_INT8, CUDA_TILES)
 _CHUNK = 2**24  # weights of the GPU layout unpacked at a time
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_HALVES = (torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
+"""Activations that the kernels multiply with."""
 
 _batch_invariant = False
 
@@ -112,7 +115,7 @@ def best_layout(n: int, k: int, *, bits: int, symmetric: bool, dtype: torch.dtyp
 
     On CUDA that is "cuda_tiles" for a 16-bit model wherever the kernels run; a model in fp32 keeps the disk layout.
     """
-    if device.type == "cuda" and dtype in _HALVES:
+    if device.type == "cuda" and dtype in HALVES:
         try:
             from lowbit_kernels.tiles import MIN_ARCH
             from lowbit_kernels.weight_only import device_arch
@@ -173,8 +176,7 @@ def check_packed(
         raise ValueError(f"layout must be one of {LAYOUTS} and of the weight's width, got {layout!r} for {bits} bits")
     if layout in (CPU_INT4, CPU_INT8) and x.device.type not in ("cpu", "meta"):
         raise ValueError(f"layout {layout!r} is for the CPU, got x on {x.device}")
-    if x.ndim == 0 or x.dtype not in _FLOATS:
-        raise ValueError(f"x must be (..., K) in one of {_FLOATS}, got {tuple(x.shape)} {x.dtype}")
+    check_activations(x)
     if scales.ndim != 2:
         form = "(G, N)" if layout == CUDA_TILES else "(N, G)"
         raise ValueError(f"scales must be {form}, got {tuple(scales.shape)}")
@@ -195,13 +197,13 @@ def check_packed(
     else:
         of_weight, of_zeros = ((n, -(-k * bits // 32)), torch.int32), ((-(-n * bits // 32), groups), torch.int32)
     check_tensor("weight", weight, of_weight[0], of_weight[1:], x)
-    check_tensor("scales", scales, (groups, n) if layout == CUDA_TILES else (n, groups), _FLOATS, x)
+    check_tensor("scales", scales, (groups, n) if layout == CUDA_TILES else (n, groups), FLOATS, x)
     if zeros is not None and of_zeros is None:
         raise ValueError(f"layout {layout!r} holds symmetric weights, got zeros {tuple(zeros.shape)}")
     if zeros is not None and of_zeros is not None:
         check_tensor("zeros", zeros, of_zeros[0], of_zeros[1:], x)
     if bias is not None:
-        check_tensor("bias", bias, (n,), _FLOATS, x)
+        check_tensor("bias", bias, (n,), FLOATS, x)
 
 
 def rows_of(scales: Tensor, layout: str) -> int:
@@ -209,18 +211,9 @@ def rows_of(scales: Tensor, layout: str) -> int:
     return scales.shape[1] if layout == CUDA_TILES else scales.shape[0]
 
 
-def _forward_cpu(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    layout: str,
-) -> Tensor:
-    check_packed(x, weight, scales, zeros, bias, bits, group_size, layout)
-    out = unpacked_linear(x.reshape(-1, x.shape[-1]), weight, scales, zeros, bias, bits, group_size, layout)
+def _forward_unpacked(x: Tensor, *packed: Any) -> Tensor:
+    check_packed(x, *packed)
+    out = unpacked_linear(x.reshape(-1, x.shape[-1]), *packed)
     return out.view(*x.shape[:-1], out.shape[1])
 
 
@@ -247,9 +240,8 @@ def unpacked_linear(
     units = max(1, _CHUNK // (16 * k))
     for a in range(0, weight.shape[0], units):
         rows = slice(16 * a, 16 * (a + units))
-        part = [t if t is None else t[:, rows].contiguous() for t in (scales, zeros)]
-        assert part[0] is not None
-        disk = to_disk(weight[a : a + units], part[0], part[1], bits=bits, k=k, layout=CUDA_TILES)
+        scale, zero = scales[:, rows].contiguous(), None if zeros is None else zeros[:, rows].contiguous()
+        disk = to_disk(weight[a : a + units], scale, zero, bits=bits, k=k, layout=CUDA_TILES)
         of_rows = None if bias is None else bias[rows]
         out[:, rows] = cpu.linear(x, *disk, of_rows, bits=bits, group_size=group_size, layout=DISK)
     return out
@@ -320,30 +312,20 @@ def _forward_cuda(
     group_size: int,
     layout: str,
 ) -> Tensor:
-    if layout == CUDA_TILES and x.dtype in _HALVES and x.ndim and scales.ndim == 2:  # the kernels check the rest
+    if layout == CUDA_TILES and x.dtype in HALVES and x.ndim and scales.ndim == 2:  # the kernels check the rest
         flat, n = aligned_rows(x), scales.shape[1]
         how: dict[str, Any] = {"bits": bits, "group_size": group_size, "n": n, "batch_invariant": _batch_invariant}
         out = _weight_only_matmul()(flat, weight, scales, zeros, bias, **how)
         return out if x.ndim == 2 else out.view(*x.shape[:-1], n)
-    check_packed(x, weight, scales, zeros, bias, bits, group_size, layout)
-    if layout == DISK and x.dtype in _HALVES:
+    out = _forward_unpacked(x, weight, scales, zeros, bias, bits, group_size, layout)
+    if layout == DISK and x.dtype in HALVES:
         _warn_of_the_disk_layout()
-    out = unpacked_linear(x.reshape(-1, x.shape[-1]), weight, scales, zeros, bias, bits, group_size, layout)
-    return out.view(*x.shape[:-1], out.shape[1])
+    return out
 
 
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    layout: str,
-) -> Tensor:
-    check_packed(x, weight, scales, zeros, bias, bits, group_size, layout)
-    return x.new_empty(*x.shape[:-1], rows_of(scales, layout))
+def _fake(x: Tensor, weight: Tensor, scales: Tensor, *rest: Any) -> Tensor:
+    check_packed(x, weight, scales, *rest)
+    return x.new_empty(*x.shape[:-1], rows_of(scales, layout=rest[-1]))
 
 
 def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -384,14 +366,10 @@ def input_gradient(
     return out.view(*grad.shape[:-1], k)
 
 
-def _fake_input_gradient(grad: Tensor, *rest: Any) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], rest[-1])
-
-
 register(
     "packed_linear(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? bias, int bits, int group_size, "
     "str layout) -> Tensor",
-    cpu=_forward_cpu,
+    cpu=_forward_unpacked,
     cuda=_forward_cuda,
     fake=_fake,
     save=_save_weight,
@@ -401,5 +379,5 @@ register_gradient(
     "packed_linear_backward(Tensor grad, Tensor weight, Tensor scales, Tensor? zeros, int bits, int group_size, "
     "str layout, SymInt k) -> Tensor",
     anywhere=input_gradient,
-    fake=_fake_input_gradient,
+    fake=lambda grad, *rest: grad.new_empty(*grad.shape[:-1], rest[-1]),
 )

@@ -78,7 +78,8 @@ def quantize_(
     Raises:
         ValueError: bad arguments, weights that cannot be quantized, or too little coverage, before anything is changed.
     """
-    _check_method(method, spec, calibration, packed)
+    _check_method(method, spec, packed)
+    _check_calibration(method, calibration)
     check_request(spec, method, smooth, calibrated=calibration is not None, packed=packed)
     if calibration is not None:
         find_blocks(model)
@@ -103,7 +104,7 @@ def quantize_(
     return report
 
 
-def _check_method(method: str, spec: QuantSpec, calibration: Tensor | None, packed: bool) -> None:
+def _check_method(method: str, spec: QuantSpec, packed: bool) -> None:
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     if packed and spec.bits not in PACKED_BITS:
@@ -111,6 +112,9 @@ def _check_method(method: str, spec: QuantSpec, calibration: Tensor | None, pack
             f"{spec.bits}-bit weights have no packed form (packed widths: {PACKED_BITS}); "
             f"lowbit.quantize_(model, spec, packed=False) measures what they would cost"
         )
+
+
+def _check_calibration(method: str, calibration: Tensor | None) -> None:
     if method != "rtn" and calibration is None:
         raise ValueError(f"method {method!r} needs calibration tokens; only 'rtn' works without data")
     if calibration is not None and (
@@ -214,7 +218,7 @@ def quantize(
     check_request(spec, method, smooth, calibrated=True, packed=True)
     if calibration is None and needs_text(spec, method, smooth):
         calibration = "wikitext2"
-    _check_method(method, spec, torch.zeros(1, 1, dtype=torch.int64), True)
+    _check_method(method, spec, packed=True)
     _check_counts(samples, seq_len)
     where = hf.parse_device(device)
     parse_dtype(dtype)

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_tensor", "register", "register_gradient"]
+__all__ = ["FLOATS", "check_activations", "check_tensor", "register", "register_gradient"]
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+"""What activations, scales and biases may be in."""
 
 _LIBRARY = torch.library.Library("lowbit", "DEF")
 
@@ -59,6 +62,12 @@ def _define(schema: str, fake: Callable[..., Tensor]) -> str:
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"lowbit::{name}", fake, lib=_LIBRARY)
     return name
+
+
+def check_activations(x: Tensor) -> None:
+    """ValueError unless x is ``(..., K)`` in one of FLOATS."""
+    if x.ndim == 0 or x.dtype not in FLOATS:
+        raise ValueError(f"x must be (..., K) in one of {FLOATS}, got {tuple(x.shape)} {x.dtype}")
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], x: Tensor) -> None:

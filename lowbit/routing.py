@@ -13,10 +13,12 @@ of several kinds are as many calls with the same x and ends, each with its own s
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["check_rows", "of", "ranges", "row_experts"]
+__all__ = ["assemble", "check_rows", "of", "ranges", "row_experts"]
 
 _INTEGERS = (torch.int32, torch.int64)
 
@@ -45,8 +47,8 @@ def of(tensor: Tensor | None, weight: int) -> Tensor | None:
     return None if tensor is None else tensor[weight]
 
 
-def ranges(ends: Tensor, slots: Tensor | None, rows: int, weights: int) -> tuple[list[tuple[int, int, int]], bool]:
-    """(weight, first row, end) of every expert that has both, copied to the host; and whether they leave rows out.
+def ranges(ends: Tensor, slots: Tensor | None, rows: int, weights: int) -> list[tuple[int, slice]]:
+    """(weight, rows) of every expert that has both, copied to the host.
 
     Raises:
         ValueError: ends decrease or lie outside of 0 .. rows, or a slot is no weight.
@@ -58,8 +60,18 @@ def ranges(ends: Tensor, slots: Tensor | None, rows: int, weights: int) -> tuple
     whose = list(range(len(stops))) if slots is None else slots.tolist()
     if not all(-1 <= weight < weights for weight in whose):
         raise ValueError(f"slots must be from -1 to {weights - 1}, the last weight of the stack, got {whose[:16]}")
-    found = [(w, a, b) for w, a, b in zip(whose, starts, stops, strict=True) if w >= 0 and a < b]
-    return found, sum(b - a for _, a, b in found) < rows
+    return [(w, slice(a, b)) for w, a, b in zip(whose, starts, stops, strict=True) if w >= 0 and a < b]
+
+
+def assemble(
+    found: Sequence[tuple[int, slice]], x: Tensor, width: int, product: Callable[[int, slice], Tensor]
+) -> Tensor:
+    """``(T, width)`` in x's dtype: ``product(weight, rows)`` for every one of :func:`ranges`, zeros for other rows."""
+    reached = sum(rows.stop - rows.start for _, rows in found)
+    out = (x.new_empty if reached == x.shape[0] else x.new_zeros)(x.shape[0], width)
+    for weight, rows in found:
+        out[rows] = product(weight, rows)
+    return out
 
 
 def row_experts(ends: Tensor, rows: int) -> Tensor:

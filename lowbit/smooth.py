@@ -24,14 +24,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from .affine import QuantizedWeight
 from .distributed import ALONE, Ranks
-from .fold import apply_fold, exact_folds, in_float32
+from .fold import apply_fold, exact_folds, first_call, in_float32
 from .linear import Int8Linear, QuantLinear
 from .mappings import NOT_QUANTIZED, Fold, reasons_without_fold, resolve
-from .walk import Block, BlockInputs, call_block, linear_groups, linears, to_device
+from .walk import Block, BlockInputs, call_block, linear_groups, linears
 
 __all__ = ["UNREACHED", "InputRanges", "StaticScale", "measure_inputs", "smooth_scales"]
 
@@ -249,7 +248,8 @@ class _Work:
                 else:
                     why = NOT_QUANTIZED if not self.wanted.issuperset(fold.balance) else UNREACHED
                     reasons.update(dict.fromkeys(fold.balance, why))
-            good, bad = self.ranks.first(lambda: exact_folds(block, folds, *self._one_batch()))
+            call = self.inputs, self.index, self.device
+            good, bad = self.ranks.first(lambda: exact_folds(block, folds, *first_call(*call)))
             for fold in bad:
                 why = f"moving a scale into {fold.smooth} changed the block's output"
                 reasons.update(dict.fromkeys(fold.balance, why))
@@ -266,13 +266,6 @@ class _Work:
     def _smooth_fold(self, fold: Fold, maxima: Tensor, alpha: float) -> None:
         weights = [self.modules[name].weight for name in fold.balance]
         apply_fold(self.block.module, fold, smooth_scales(maxima, weights, alpha, fold.channel_ids()))
-
-    def _one_batch(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of a call of the block, in float32."""
-        rest = to_device(self.inputs.arguments[self.index][0], self.device)
-        args, kwargs = tree_map(_wide, rest)
-        hidden = self.inputs.hidden[0].to(self.device).float()
-        return (args, {**kwargs, "hidden_states": hidden}) if self.inputs.keyword else ((hidden, *args), kwargs)
 
     def static_scales(self) -> None:
         """Find the static input scale of every linear of the block; linears that read one tensor get one.
@@ -294,7 +287,3 @@ class _Work:
             self.ranks.sum_(searches[name].losses)
         for group in self.groups:
             self.found.scales.update({self.full(name): searches[group[0]].best() for name in group})
-
-
-def _wide(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

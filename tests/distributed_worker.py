@@ -10,7 +10,6 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import lowbit
+from helpers import message
 from lowbit.cli import main
 from lowbit.distributed import Ranks, join
 from tiny_models import BOOKS_4M
@@ -51,15 +51,6 @@ class Part:
 
     codes: Tensor
     note: str
-
-
-def message(work: Callable[[], Any]) -> str:
-    """``Class: text`` of the exception ``work`` raises."""
-    try:
-        work()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 def command_line(out: Path, *options: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,15 @@ def tolerance(dtype: torch.dtype, roundings: int = 1, k: int = 1) -> dict[str, f
     once = u * math.sqrt(roundings)
     # A few results stand for the mean: 1.5 leaves room for their scatter.
     return {"rms": 1.5 * once / math.sqrt(3) + accumulated, "peak": 5 * (once + accumulated)}
+
+
+def message(work: Callable[[], object]) -> str:
+    """``Class: text`` of the exception ``work`` raises, for a process that writes down what it saw."""
+    try:
+        work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
 
 
 def random_quantized(

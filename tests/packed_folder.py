@@ -85,6 +85,25 @@ def packed_modules(model: torch.nn.Module) -> dict[str, QuantLinear | Int8Linear
     return {name: module for name, module in model.named_modules() if isinstance(module, (QuantLinear, Int8Linear))}
 
 
+def dequantized_by_compressed_tensors(folder: Path) -> torch.nn.Module:
+    """books-4m in float32 with the weights of its packed ``folder``, decompressed by that package, not by lowbit."""
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    from lowbit import hf
+
+    config = json.loads((folder / "config.json").read_text())
+    scheme = QuantizationConfig.model_validate(config["quantization_config"]).config_groups["group_0"]
+    model, _ = hf.load_dense(BOOKS_4M, dtype="float32")
+    stored = load_file(folder / "model.safetensors")
+    for name, module in model.named_modules():
+        if f"{name}.weight_packed" in stored:
+            parts = {key.removeprefix(f"{name}."): t for key, t in stored.items() if key.startswith(f"{name}.weight")}
+            parts["weight_scale"] = parts["weight_scale"].float()
+            module.weight.data = PackedQuantizationCompressor.decompress(parts, scheme)["weight"]
+    return model
+
+
 def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     """Rewrite model.safetensors after ``change`` edited the dict of its tensors, and forget the hashes."""
     tensors = load_file(folder / "model.safetensors")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import lowbit
+from helpers import message
 from lowbit.hf.sharded import ShardedLinear
 
 PACKED = ("symmetric", "asymmetric", "whole rows", "biases", "int8")
@@ -45,14 +45,6 @@ def packed_bytes(model: nn.Module, *names: str) -> int:
     layers = [part for part in parts if isinstance(part, (lowbit.QuantLinear, lowbit.Int8Linear))]
     tensors = [t for layer in layers for name, t in layer.state_dict().items() if name in names]
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def message(work: Callable[[], Any]) -> str:
-    try:
-        work()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 def run(folder: Path) -> dict[str, Any]:

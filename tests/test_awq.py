@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lowbit.affine import dequantize, minmax_grid, quantize_to_grid
-from lowbit.calib import awq
+from lowbit.calib import awq, clip
 from lowbit.calib.awq import awq_quantize, scale_hessian, search_clip, search_scales
 from lowbit.calib.hessian import output_loss
 from lowbit.spec import QuantSpec
@@ -166,7 +166,7 @@ def test_rows_are_independent_and_chunks_do_not_show(monkeypatch: pytest.MonkeyP
     spec = QuantSpec(3, 32, False)
     whole, alone = awq_quantize(weight, hessian, spec), awq_quantize(weight[5:6], hessian, spec)
     torch.testing.assert_close(whole.scales[5:6], alone.scales, rtol=1e-9, atol=0)
-    monkeypatch.setattr(awq, "_CHUNK_ELEMENTS", 5 * 128)
+    monkeypatch.setattr(clip, "_CHUNK_ELEMENTS", 5 * 128)
     chunked = awq_quantize(weight, hessian, spec)
     torch.testing.assert_close(whole.scales, chunked.scales, rtol=1e-9, atol=0)
     assert (whole.codes != chunked.codes).float().mean() < 1e-3

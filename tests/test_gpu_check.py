@@ -6,29 +6,24 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from gpu_check_modules import ABOUT, ROOT
+
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
 
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "eval" / "gpu_check"))
+import check_correct
+import check_main
+import check_run
+from check_layers import dense_weight, poisoned_empty, random_packed, reference, relative_rms
+from check_store import Store
+from check_warm import jobs_of
 
-import check_correct  # noqa: E402
-import check_main  # noqa: E402
-import check_run  # noqa: E402
-from check_layers import dense_weight, poisoned_empty, random_packed, reference, relative_rms  # noqa: E402
-from check_store import Store  # noqa: E402
-from check_warm import jobs_of  # noqa: E402
+from lowbit_kernels.tiles import Problem, Tile
 
-from lowbit_kernels.tiles import Problem, Tile  # noqa: E402
-
-ABOUT = {
-    "gpu": "a GPU", "arch": 90, "driver": "1", "torch": "2", "triton": "3", "cuda": "13", "sources": "abc", "date": "d"
-}  # fmt: skip
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
 
 

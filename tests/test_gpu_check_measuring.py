@@ -4,29 +4,21 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from gpu_check_modules import ABOUT, ROOT
+
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
 
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "eval" / "gpu_check"))
+import tune_main
+from check_store import Store
 
-import tune_main  # noqa: E402
-from check_store import Store  # noqa: E402
-
-from lowbit_kernels import int8_tiles  # noqa: E402
-from lowbit_kernels.dispatch import parse_table  # noqa: E402
-from lowbit_kernels.int8_tiles import Int8Tile  # noqa: E402
-from lowbit_kernels.tiles import Problem  # noqa: E402
-
-ABOUT = {
-    "gpu": "a GPU", "arch": 90, "driver": "1", "torch": "2", "triton": "3", "cuda": "13", "sources": "abc", "date": "d"
-}  # fmt: skip
-NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
-
+from lowbit_kernels import int8_tiles
+from lowbit_kernels.dispatch import parse_table
+from lowbit_kernels.int8_tiles import Int8Tile
+from lowbit_kernels.tiles import Problem
 
 MEASURING = """
 import functools, sys, time, types

@@ -1,28 +1,18 @@
 """What scripts/gpu_check and scripts/tune make of measurements: statistics, records, resumption, reports."""
 
 import csv
-import sys
-from pathlib import Path
 
 import pytest
-import torch
+
+from gpu_check_modules import ABOUT
 
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
 
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "eval" / "gpu_check"))
-
-from check_layers import LAYERS  # noqa: E402
-from check_measure import MODES, TOKENS, points  # noqa: E402
-from check_report import GOALS, layer_rows, short_table, write_all  # noqa: E402
-from check_stats import COLD_BYTES, Timing, copies_for, geometric_mean, interleaved, median, quantile, ratio_text  # noqa: E402
-from check_store import Store  # noqa: E402
-
-ABOUT = {
-    "gpu": "a GPU", "arch": 90, "driver": "1", "torch": "2", "triton": "3", "cuda": "13", "sources": "abc", "date": "d"
-}  # fmt: skip
-NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
-
+from check_layers import LAYERS
+from check_measure import MODES, TOKENS, points
+from check_report import GOALS, layer_rows, short_table, write_all
+from check_stats import COLD_BYTES, Timing, copies_for, geometric_mean, interleaved, median, quantile, ratio_text
+from check_store import Store
 
 # --- statistics
 

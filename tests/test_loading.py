@@ -18,7 +18,14 @@ from transformers.utils import logging as hf_logging
 from lowbit import hf
 from lowbit.checkpoint import read_checkpoint
 from lowbit.spec import QuantSpec
-from packed_folder import BOOKS_4M, decoder_only, edit_tensors, pack_folder, packed_modules
+from packed_folder import (
+    BOOKS_4M,
+    decoder_only,
+    dequantized_by_compressed_tensors,
+    edit_tensors,
+    pack_folder,
+    packed_modules,
+)
 
 SPECS = [QuantSpec(4, 128, True), QuantSpec(4, 64, False), QuantSpec(8, -1, True), QuantSpec(2, 64, False)]
 TOKENS = torch.arange(5, 5 + 2 * 48).reshape(2, 48) * 37 % 4096
@@ -40,23 +47,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[QuantSpec, Path]:
 def w4(folders: dict[QuantSpec, Path], tmp_path: Path) -> Path:
     """A copy of the symmetric 4-bit folder that a test may damage."""
     return Path(shutil.copytree(folders[SPECS[0]], tmp_path / "w4"))
-
-
-def dequantized_by_compressed_tensors(folder: Path) -> nn.Module:
-    """The dense float32 model of a packed folder; every weight decompressed by the package from float32 scales."""
-    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
-    from compressed_tensors.quantization import QuantizationConfig
-
-    config = json.loads((folder / "config.json").read_text())
-    scheme = QuantizationConfig.model_validate(config["quantization_config"]).config_groups["group_0"]
-    model, _ = hf.load_dense(BOOKS_4M, dtype="float32")
-    stored = load_file(folder / "model.safetensors")
-    for name, module in model.named_modules():
-        if f"{name}.weight_packed" in stored:
-            parts = {key.removeprefix(f"{name}."): t for key, t in stored.items() if key.startswith(f"{name}.weight")}
-            parts["weight_scale"] = parts["weight_scale"].float()
-            module.weight.data = PackedQuantizationCompressor.decompress(parts, scheme)["weight"]
-    return model
 
 
 # --- a packed folder stays packed and computes what compressed-tensors says -----------------------------------------

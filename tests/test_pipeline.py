@@ -19,6 +19,7 @@ import lowbit
 from lowbit import QuantLinear, QuantSpec, hf
 from lowbit.data import load_text, token_windows
 from lowbit.windows import first_windows
+from packed_folder import dequantized_by_compressed_tensors
 from tiny_models import BOOKS_4M, tiny_folder
 
 DATA = BOOKS_4M.parent
@@ -171,23 +172,6 @@ def test_the_loaded_model_takes_the_memory_of_its_file(runs, case):
 
 
 # --- what is loaded is what was calibrated
-
-
-def dequantized_by_compressed_tensors(folder):
-    """The dense float32 model; every weight decompressed by the package, from float32 scales."""
-    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
-    from compressed_tensors.quantization import QuantizationConfig
-
-    config = json.loads((folder / "config.json").read_text())
-    scheme = QuantizationConfig.model_validate(config["quantization_config"]).config_groups["group_0"]
-    stored = load_file(folder / "model.safetensors")
-    model, _ = hf.load_dense(BOOKS_4M, dtype="float32")
-    for name, module in model.named_modules():
-        if f"{name}.weight_packed" in stored:
-            parts = {key.removeprefix(f"{name}."): t for key, t in stored.items() if key.startswith(f"{name}.weight")}
-            parts["weight_scale"] = parts["weight_scale"].float()
-            module.weight.data = PackedQuantizationCompressor.decompress(parts, scheme)["weight"]
-    return model
 
 
 @cases

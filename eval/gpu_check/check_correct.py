@@ -17,9 +17,8 @@ from tune_model import CHIPS, predict
 from tune_table import shipped_tiles
 
 from lowbit_kernels.dispatch import choose, fill_split
-from lowbit_kernels.int8 import gpu_name
 from lowbit_kernels.tiles import Problem, Tile, cdiv, fits, step_columns
-from lowbit_kernels.weight_only import device_arch
+from lowbit_kernels.weight_only import device_arch, gpu_name
 
 __all__ = ["LIMITS", "Check", "CheckFailed", "checks", "family_tile", "limit_of", "work_of_checks"]
 

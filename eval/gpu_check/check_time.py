@@ -45,12 +45,7 @@ class GraphTimer:
 
     def __call__(self) -> float:
         """Seconds per launch of one replay."""
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        self._graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / self.launches
+        return _seconds(self._graph.replay) / self.launches
 
 
 def cold_call(call: Callable[[], object], repeats: int = 11) -> float:
@@ -61,12 +56,7 @@ def cold_call(call: Callable[[], object], repeats: int = 11) -> float:
     for _ in range(repeats):
         junk.bitwise_not_()
         torch.cuda.synchronize()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3)
+        seconds.append(_seconds(call))
     return statistics.median(seconds)
 
 
@@ -109,12 +99,14 @@ def _copy_bandwidth(size: int) -> float:
 def _median_seconds(call: Callable[[], Tensor], repeats: int = 12) -> float:
     for _ in range(3):
         call()
-    seconds = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(seconds)
+    return statistics.median(_seconds(call) for _ in range(repeats))
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """The GPU's time for what one call puts on its queue."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3

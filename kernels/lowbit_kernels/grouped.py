@@ -30,7 +30,7 @@ from torch import Tensor
 from .cases import ARCHITECTURES, CompileCase
 from .checks import check_arguments
 from .epilogue import store_tile, tile_origin
-from .grouped_routing import check_routing, routing_constants, tile_of_rows, token_tiles
+from .grouped_routing import check_routing, routed_case, routing_constants, rows_by_weight, tile_of_rows, token_tiles
 from .operands import SUMS_LOADED
 from .product import tile_product
 from .run_sums import loaded_sums
@@ -114,15 +114,9 @@ def grouped_reference(
 ) -> Tensor:
     """The formula in plain torch, in float64, from the same tensors: ``out (M, N)`` float64."""
     out = torch.zeros(x.shape[0], scales.shape[2], dtype=torch.float64, device=x.device)
-    begin = 0
-    weights = range(len(ends)) if slots is None else slots.tolist()
-    for e, end in zip(weights, ends.tolist(), strict=True):
-        if e >= 0:
-            one = [None if tensor is None else tensor[e] for tensor in (zeros, bias)]
-            out[begin:end] = weight_only_reference(
-                x[begin:end], tiles[e], scales[e], *one, bits=bits, group_size=group_size
-            )
-        begin = end
+    for e, rows in rows_by_weight(ends, slots):
+        one = [None if tensor is None else tensor[e] for tensor in (zeros, bias)]
+        out[rows] = weight_only_reference(x[rows], tiles[e], scales[e], *one, bits=bits, group_size=group_size)
     return out
 
 
@@ -260,19 +254,5 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for tile, (bits, group, dtype, asymmetric), archs in shapes:
         case = compile_case(tile, Problem(4 * tile.block_m, 4096, 8192, bits, group, dtype, asymmetric), archs)
-        routing = {"ends_ptr": "*i32", "slots_ptr": "*i32"}
-        signature = {"x_ptr": case.signature["x_ptr"], **routing, **case.signature}
-        signature = {name: kind for name, kind in signature.items() if name not in ("partials_ptr", "counters_ptr")}
-        signature = {name: kind for name, kind in signature.items() if kind != "constexpr"} | {"TOKEN_TILES": "i32"}
-        constexprs = {**routing_constants(128, 120 if asymmetric else 128, asymmetric), **case.constexprs}
-        cases.append(
-            replace(
-                case,
-                kernel=grouped_kernel,
-                signature=signature | dict.fromkeys(constexprs, "constexpr"),
-                constexprs=constexprs,
-                divisible=(*routing, *(name for name in case.divisible if name in signature)),
-                kind="grouped",
-            )
-        )
+        cases.append(routed_case(case, grouped_kernel, "grouped", has_slots=asymmetric))
     return cases

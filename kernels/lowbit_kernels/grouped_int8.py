@@ -29,7 +29,15 @@ from torch import Tensor
 from .cases import CompileCase
 from .epilogue import store_tile, tile_origin
 from .grouped import MIN_ARCH
-from .grouped_routing import check_routing, routing_constants, tile_of_rows, token_tiles, weight_of_rows
+from .grouped_routing import (
+    check_routing,
+    routed_case,
+    routing_constants,
+    rows_by_weight,
+    tile_of_rows,
+    token_tiles,
+    weight_of_rows,
+)
 from .int8 import check_int8, compile_case, int8_constants, int8_matmul_reference
 from .int8_product import int8_product, scaled
 from .int8_quantize import quantize_activations
@@ -106,14 +114,9 @@ def grouped_int8_reference(
 ) -> Tensor:
     """The formula in plain torch, exact sums in int64, scales in float64: ``out (M, N)`` float64."""
     out = torch.zeros(x_q.shape[0], w_q.shape[1], dtype=torch.float64, device=x_q.device)
-    begin = 0
-    weights = range(len(ends)) if slots is None else slots.tolist()
-    for e, end in zip(weights, ends.tolist(), strict=True):
-        if e >= 0:
-            offset, zero = (None if tensor is None else tensor[e] for tensor in (bias, w_zero))
-            mine = slice(begin, end)
-            out[mine] = int8_matmul_reference(x_q[mine], x_scale[mine], w_q[e], w_scale[e], offset, w_zero=zero)
-        begin = end
+    for e, rows in rows_by_weight(ends, slots):
+        offset, zero = (None if tensor is None else tensor[e] for tensor in (bias, w_zero))
+        out[rows] = int8_matmul_reference(x_q[rows], x_scale[rows], w_q[e], w_scale[e], offset, w_zero=zero)
     return out
 
 
@@ -236,20 +239,7 @@ def compile_cases() -> list[CompileCase]:
 
 
 def _case(tile: Int8Tile, name: str, asymmetric: bool) -> CompileCase:
-    """For 128 experts; with zeros only 120 of them have a weight."""
+    """With zeros not all of the experts have a weight."""
     case = compile_case(tile, name, 1, asymmetric)
-    types = {key: kind for key, kind in case.signature.items() if kind != "constexpr"}
-    for unused in ("partials_ptr", "counters_ptr"):
-        del types[unused]
-    routing = {"ends_ptr": "*i32", "slots_ptr": "*i32"}
-    signature = {"x_ptr": types["x_ptr"], **routing, **types, "TOKEN_TILES": "i32"}
-    constexprs = {**routing_constants(128, 120 if asymmetric else 128, asymmetric), **case.constexprs}
-    return replace(
-        case,
-        kernel=grouped_int8_kernel,
-        signature=signature | dict.fromkeys(constexprs, "constexpr"),
-        constexprs=constexprs,
-        divisible=(*routing, *(key for key in case.divisible if key in signature)),
-        archs=tuple(arch for arch in case.archs if arch >= MIN_ARCH),
-        kind="grouped int8",
-    )
+    case = replace(case, archs=tuple(arch for arch in case.archs if arch >= MIN_ARCH))
+    return routed_case(case, grouped_int8_kernel, "grouped int8", has_slots=asymmetric)

@@ -18,7 +18,8 @@ which takes about as long as one step of the main loop; programs past the last t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["check_routing", "routing_constants", "tile_of_rows", "token_tiles", "weight_of_rows"]
+from .cases import CompileCase
+
+__all__ = [
+    "check_routing",
+    "routed_case",
+    "routing_constants",
+    "rows_by_weight",
+    "tile_of_rows",
+    "token_tiles",
+    "weight_of_rows",
+]
 
 
 @triton.jit
@@ -73,6 +84,16 @@ def weight_of_rows(ends: Tensor, slots: Tensor | None, rows: int) -> Tensor:
     return experts if slots is None else slots[experts].long().clamp_(min=0)
 
 
+def rows_by_weight(ends: Tensor, slots: Tensor | None) -> Iterator[tuple[int, slice]]:
+    """(weight, rows) of every expert that has a weight, on the host: what the references go through."""
+    begin = 0
+    weights = range(len(ends)) if slots is None else slots.tolist()
+    for weight, end in zip(weights, ends.tolist(), strict=True):
+        if weight >= 0:
+            yield weight, slice(begin, end)
+        begin = end
+
+
 def check_routing(x: Tensor, ends: Tensor, slots: Tensor | None, stacks: Mapping[str, Tensor | None]) -> int:
     """Compare shapes, dtypes and strides with the table, and the first axes of ``stacks`` with each other.
 
@@ -101,3 +122,24 @@ def check_routing(x: Tensor, ends: Tensor, slots: Tensor | None, stacks: Mapping
                 f"{name} must be contiguous and hold {whose}, got {tuple(tensor.shape)} with strides {tensor.stride()}"
             )
     return weights
+
+
+def routed_case(case: CompileCase, kernel: Any, kind: str, *, has_slots: bool) -> CompileCase:
+    """The ``case`` of a kernel for one weight as ``kernel``, its grouped form for 128 experts, is compiled.
+
+    Args:
+        has_slots: only 120 of them have a weight.
+    """
+    pointers = {"ends_ptr": "*i32", "slots_ptr": "*i32"}
+    split_k_only = ("partials_ptr", "counters_ptr")
+    types = {key: t for key, t in case.signature.items() if t != "constexpr" and key not in split_k_only}
+    signature = {"x_ptr": types["x_ptr"], **pointers, **types, "TOKEN_TILES": "i32"}
+    constexprs = {**routing_constants(128, 120 if has_slots else 128, has_slots), **case.constexprs}
+    return replace(
+        case,
+        kernel=kernel,
+        signature=signature | dict.fromkeys(constexprs, "constexpr"),
+        constexprs=constexprs,
+        divisible=(*pointers, *(key for key in case.divisible if key in signature)),
+        kind=kind,
+    )

@@ -24,7 +24,6 @@ The weight is the left operand (``out.T = W @ x.T``), as in weight_only.py: a pr
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -33,16 +32,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .cases import ARCHITECTURES, CompileCase
+from .checks import FLOATS, check_device, check_tensor
 from .epilogue import last_to_arrive, store_tile, tile_origin, workspace
 from .int8_product import int8_product, scaled
 from .int8_quantize import quantize_activations
 from .int8_tiles import TILES, Int8Tile, largest_k, pick_tile, shared_bytes, why_not
 from .tiles import cdiv
-from .weight_only import device_arch
+from .weight_only import device_arch, gpu_name
 
 __all__ = ["Int8Tile", "compile_cases", "int8_linear", "int8_matmul", "int8_matmul_reference", "quantize_activations"]
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @triton.jit
@@ -189,12 +187,6 @@ def int8_linear(
     return int8_matmul(x_q, x_scale, w_q, w_scale, bias, out_dtype=x.dtype, w_zero=w_zero, row_sums=row_sums)
 
 
-@cache
-def gpu_name(device: torch.device) -> str | None:
-    """The driver's name of a CUDA device; None for any other, which only Triton's interpreter runs on."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
-
-
 def int8_constants(k: int, tile: Int8Tile, has_zeros: bool, has_bias: bool) -> dict[str, Any]:
     """Constexpr arguments of the kernel: the same for a launch and for compiling ahead of one."""
     return {
@@ -230,30 +222,17 @@ def check_int8(
         raise ValueError(f"out_dtype must be one of {FLOATS}, got {out_dtype}")
     if (w_zero is None) != (row_sums is None):
         raise ValueError("row_sums must be given with w_zero, and only then")
-    if not bool(triton.knobs.runtime.interpret) and x_q.device.type != "cuda":
-        raise ValueError(f"the kernels need tensors on a CUDA device, got x_q on {x_q.device}")
+    check_device("x_q", x_q)
     device = x_q.device
-    _check_tensor("x_q", x_q, (m, k), (torch.int8,), device)
-    _check_tensor("x_scale", x_scale, (m,), (torch.float32,), device)
-    _check_tensor("w_q", w_q, (n, k), (torch.int8,), device)
-    _check_tensor("w_scale", w_scale, (n,), FLOATS, device)
+    check_tensor("x_q", x_q, (m, k), (torch.int8,), device)
+    check_tensor("x_scale", x_scale, (m,), (torch.float32,), device)
+    check_tensor("w_q", w_q, (n, k), (torch.int8,), device)
+    check_tensor("w_scale", w_scale, (n,), FLOATS, device)
     if w_zero is not None and row_sums is not None:
-        _check_tensor("w_zero", w_zero, (n,), (torch.int8,), device)
-        _check_tensor("row_sums", row_sums, (m,), (torch.int32,), device)
+        check_tensor("w_zero", w_zero, (n,), (torch.int8,), device)
+        check_tensor("row_sums", row_sums, (m,), (torch.int32,), device)
     if bias is not None:
-        _check_tensor("bias", bias, (n,), FLOATS, device)
-
-
-def _check_tensor(
-    name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
-) -> None:
-    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or tensor.device != device:
-        raise ValueError(
-            f"{name} must be {shape} in one of {dtypes} on {device}, "
-            f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-        )
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()} for shape {shape}")
+        check_tensor("bias", bias, (n,), FLOATS, device)
 
 
 def compile_cases() -> list[CompileCase]:

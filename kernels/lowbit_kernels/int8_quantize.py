@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .cases import CompileCase
+from .checks import FLOATS, check_device
 
 __all__ = ["compile_cases", "quantize_activations", "quantize_activations_reference"]
 
@@ -148,18 +149,15 @@ def quantize_activations(
         ValueError: x is not a contiguous (M, K) of at least one column on a CUDA device (or on the CPU under
             ``TRITON_INTERPRET=1``), or static is neither one element nor (M,) beside it.
     """
-    interpreted = bool(triton.knobs.runtime.interpret)
-    floats = (torch.float16, torch.bfloat16, torch.float32)
-    if x.ndim != 2 or x.shape[1] < 1 or x.dtype not in floats or not x.is_contiguous():
+    if x.ndim != 2 or x.shape[1] < 1 or x.dtype not in FLOATS or not x.is_contiguous():
         raise ValueError(
-            f"x must be a contiguous (M, K) in one of {floats}, got {tuple(x.shape)} {x.dtype}, strides {x.stride()}"
+            f"x must be a contiguous (M, K) in one of {FLOATS}, got {tuple(x.shape)} {x.dtype}, strides {x.stride()}"
         )
-    if not interpreted and x.device.type != "cuda":
-        raise ValueError(f"the kernels need tensors on a CUDA device, got x on {x.device}")
+    check_device("x", x)
     fits = static is None or static.numel() == 1 or static.shape == x.shape[:1]
-    if static is not None and (not fits or static.dtype not in floats or static.device != x.device):
+    if static is not None and (not fits or static.dtype not in FLOATS or static.device != x.device):
         raise ValueError(
-            f"static must be one element or (M,) in one of {floats} on {x.device}, "
+            f"static must be one element or (M,) in one of {FLOATS} on {x.device}, "
             f"got {tuple(static.shape)} {static.dtype} on {static.device}"
         )
     m, k = x.shape

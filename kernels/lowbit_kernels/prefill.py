@@ -13,6 +13,8 @@ the weights' rounding would be eight times as coarse, and the sum of both 2.1e-3
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -156,17 +158,12 @@ def _multiply(
     bits: int,
     group_size: int,
 ) -> None:
-    (_, k), n = x.shape, out.shape[1]
-    rows = min(n, chunk_rows(n, k, x.element_size()))
-    buffer = torch.empty(rows, k, dtype=x.dtype, device=x.device)
-    for first in range(0, n, rows):
-        count = min(rows, n - first)
-        chunk, part = buffer[:count], out[:, first : first + count]
-        dequantize_rows(chunk, tiles, scales, zeros, first, bits=bits, group_size=group_size)
+    chunks = _chunks(tiles, scales, zeros, x.shape[1], x.dtype, bits=bits, group_size=group_size)
+    for rows, chunk in chunks:
         if bias is None:
-            torch.mm(x, chunk.t(), out=part)
+            torch.mm(x, chunk.t(), out=out[:, rows])
         else:
-            torch.addmm(bias[first : first + count].to(x.dtype), x, chunk.t(), out=part)
+            torch.addmm(bias[rows].to(x.dtype), x, chunk.t(), out=out[:, rows])
 
 
 def _through_halves(
@@ -181,18 +178,37 @@ def _through_halves(
     group_size: int,
 ) -> None:
     """The same in float16, halves.py; ``out`` of a 16-bit dtype, whose memory holds the float16 sums in between."""
-    (_, k), n = x.shape, out.shape[1]
-    rows = min(n, chunk_rows(n, k))
-    buffer = torch.empty(rows, k, dtype=torch.float16, device=x.device)
     (x16, token_factors), weight_factors = narrow_tokens(x), row_factors(scales, bits)
     sums = out.view(torch.float16)
-    for first in range(0, n, rows):
-        mine = slice(first, min(first + rows, n))
-        chunk = buffer[: mine.stop - first]
-        dequantize_rows(chunk, tiles, scales, zeros, first, bits=bits, group_size=group_size, factors=weight_factors[0])
-        torch.mm(x16, chunk.t(), out=sums[:, mine])
-        own_bias = None if bias is None else bias[mine]
-        widen(sums[:, mine], out[:, mine], token_factors[1], weight_factors[1, mine], own_bias)
+    chunks = _chunks(
+        tiles, scales, zeros, x.shape[1], sums.dtype, bits=bits, group_size=group_size, factors=weight_factors[0]
+    )
+    for rows, chunk in chunks:
+        torch.mm(x16, chunk.t(), out=sums[:, rows])
+        own_bias = None if bias is None else bias[rows]
+        widen(sums[:, rows], out[:, rows], token_factors[1], weight_factors[1, rows], own_bias)
+
+
+def _chunks(
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    k: int,
+    dtype: torch.dtype,
+    *,
+    bits: int,
+    group_size: int,
+    factors: Tensor | None = None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """The weight in ``dtype``, a chunk after the other in the same memory: its rows, and their values ``(R, K)``."""
+    n = scales.shape[1]
+    most = min(n, chunk_rows(n, k, dtype.itemsize))
+    buffer = torch.empty(most, k, dtype=dtype, device=scales.device)
+    for first in range(0, n, most):
+        rows = slice(first, min(first + most, n))
+        chunk = buffer[: rows.stop - first]
+        dequantize_rows(chunk, tiles, scales, zeros, first, bits=bits, group_size=group_size, factors=factors)
+        yield rows, chunk
 
 
 def _constants(

@@ -46,7 +46,7 @@ from .run_sums import loaded_sums
 from .tiles import Problem, Tile, cdiv, run_columns, why_not
 from .unpack import conversion, raw_offset
 
-__all__ = ["constants", "device_arch", "weight_only_kernel", "weight_only_matmul", "weight_only_reference"]
+__all__ = ["constants", "device_arch", "gpu_name", "weight_only_kernel", "weight_only_matmul", "weight_only_reference"]
 
 
 @triton.jit
@@ -118,7 +118,8 @@ def device_arch(device: torch.device) -> int:
 
 
 @cache
-def _device_name(device: torch.device) -> str | None:
+def gpu_name(device: torch.device) -> str | None:
+    """The driver's name of a CUDA device; None for any other, which only Triton's interpreter runs on."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
@@ -194,7 +195,7 @@ def weight_only_matmul(
     if tile is None:
         from .dispatch import choose
 
-        tile = choose(problem, arch, gpu_name=_device_name(x.device), batch_invariant=batch_invariant)
+        tile = choose(problem, arch, gpu_name=gpu_name(x.device), batch_invariant=batch_invariant)
     reason = why_not(tile, problem, arch)
     if reason is not None:
         raise ValueError(f"{tile} cannot run {problem} on sm_{arch}: {reason}")

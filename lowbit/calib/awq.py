@@ -1,4 +1,4 @@
-"""Activation-aware weight quantization: scale search, clip search, round to nearest.
+"""Activation-aware weight quantization: scale search, clip search (clip.py), round to nearest.
 
 Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", arXiv 2306.00978. The
 paper's two searches minimise the output error ``||Q(W s) (x / s) - W x||^2``. Here no forward pass is needed for it:
@@ -12,7 +12,7 @@ their size, at the cost of the others in their group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,19 +20,13 @@ from torch import Tensor
 
 from ..affine import QuantizedWeight, dequantize, minmax_grid, quantize_to_grid, round_scales
 from ..spec import QuantSpec
+from .clip import check_inputs, check_weights, chunk_rows, quick_clip, search_clip
 from .hessian import output_loss
 
 __all__ = ["AwqScales", "GridFn", "ScaleSearch", "awq_quantize", "scale_hessian", "search_clip", "search_scales"]
 
 GridFn = Callable[[Tensor, Tensor, QuantSpec], tuple[Tensor, Tensor | None]]
 """``(weight (N, K), hessian (K, K), spec) -> (scales (N, G), zeros (N, G) uint8 or None)``, as :func:`search_clip`."""
-
-# Elements of one temporary: the searches go over rows in chunks of this size, so their memory does not grow with N.
-_CHUNK_ELEMENTS = 2**24
-
-# Range of the factors tried on the min-max scale. Above 1 for symmetric grids only: there the positive side has one
-# code less, and stretching (by 8/7 at 4 bits) is what stops it from clipping.
-_SMALLEST_FACTOR, _LARGEST_FACTOR = 0.35, 1.15
 
 
 @dataclass(frozen=True)
@@ -57,39 +51,6 @@ class AwqScales:
 def scale_hessian(hessian: Tensor, scales: Tensor) -> Tensor:
     """Second moment of the input after it was divided by ``scales``: ``H_ij / (s_i s_j)``. Both ``(K, K)``."""
     return hessian / torch.outer(scales, scales).to(hessian.dtype)
-
-
-def search_clip(
-    weight: Tensor, hessian: Tensor, spec: QuantSpec, *, steps: int = 26, rounds: int = 2
-) -> tuple[Tensor, Tensor | None]:
-    """Clipping range of every group of every row, by its block of the Hessian (the paper's "weight clipping").
-
-    All groups of all rows at once. The objective of a group is ``e H_gg e^T`` with its diagonal block ``H_gg``: its
-    output error when the errors of the other groups are left aside. Candidates are min-max grids shrunk on both sides
-    or (asymmetric) on one, then zeros one code up or down, then the least-squares scale of the codes found, each kept
-    where it lowers the objective: no group ends above its min-max grid.
-
-    Args:
-        weight: ``(N, K)`` floating point.
-        hessian: ``(K, K)``, in the dtype to compute in.
-        steps: number of factors below 1 tried on the min-max scale.
-        rounds: how often zeros and least-squares scales are tried after that.
-
-    Returns:
-        scales ``(N, G)`` in the Hessian's dtype, zeros ``(N, G)`` uint8 or None.
-    """
-    _check_inputs([weight], hessian, spec)
-    if steps < 1 or rounds < 0:
-        raise ValueError(f"steps must be at least 1 and rounds at least 0, got {steps} and {rounds}")
-    blocks = _diagonal_blocks(hessian, spec.num_groups(weight.shape[1]))
-    parts = [_search_clip_rows(part, blocks, spec, steps, rounds) for part in _row_chunks(weight.to(hessian.dtype))]
-    scales = torch.cat([scales for scales, _ in parts])
-    return scales, None if spec.symmetric else torch.cat([zeros for _, zeros in parts if zeros is not None])
-
-
-def quick_clip(weight: Tensor, hessian: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-    """:func:`search_clip` at about a fifth of its cost: what :func:`search_scales` ranks its candidates by."""
-    return search_clip(weight, hessian, spec, steps=8, rounds=1)
 
 
 class ScaleSearch:
@@ -129,7 +90,7 @@ class ScaleSearch:
     ) -> None:
         if magnitude.ndim != 1:
             raise ValueError(f"magnitude must be (K,), got {tuple(magnitude.shape)}")
-        _check_weights(weights, magnitude.shape[0], spec)
+        check_weights(weights, magnitude.shape[0], spec)
         if grid < 1:
             raise ValueError(f"grid must be at least 1, got {grid}")
         self._spec, self._grid_fn = spec, grid_fn
@@ -153,7 +114,7 @@ class ScaleSearch:
         Raises:
             ValueError: no weights, a shape that does not fit, or a Hessian that is not finite.
         """
-        _check_inputs(weights, hessian, self._spec)
+        check_inputs(weights, hessian, self._spec)
         factors = [1.0] * len(weights) if factors is None else factors
         for i, (scales, _, _) in enumerate(self._candidates):
             losses = [
@@ -194,7 +155,7 @@ def search_scales(
     Raises:
         ValueError: no weights, a shape that does not fit, a grid below 1, or a Hessian that is not finite.
     """
-    _check_inputs(weights, hessian, spec)
+    check_inputs(weights, hessian, spec)
     if loss_weights is not None and len(loss_weights) != len(weights):
         raise ValueError(f"loss_weights must have one factor per weight ({len(weights)}), got {len(loss_weights)}")
     magnitude = hessian.diagonal().clamp(min=0).sqrt() if act_magnitude is None else act_magnitude.to(hessian)
@@ -225,7 +186,7 @@ def awq_quantize(
     Raises:
         ValueError: a shape that does not fit, a group size that does not divide K, a Hessian that is not finite.
     """
-    _check_inputs([weight], hessian, spec)
+    check_inputs([weight], hessian, spec)
     w = weight.to(hessian.dtype)
     scales, zeros = search_clip(w, hessian, spec)
     best = _round_to(w, *minmax_grid(w, spec), spec, scale_dtype)
@@ -239,35 +200,6 @@ def awq_quantize(
         candidate = quantize_to_grid(w, refitted, candidate.zeros, spec)
         best, loss = _keep_better(best, loss, candidate, w, hessian)
     return best
-
-
-def _check_inputs(weights: Sequence[Tensor], hessian: Tensor, spec: QuantSpec) -> None:
-    k = hessian.shape[0]
-    if hessian.ndim != 2 or hessian.shape[1] != k or not hessian.is_floating_point():
-        raise ValueError(f"hessian must be (K, K) floating point, got {tuple(hessian.shape)} {hessian.dtype}")
-    _check_weights(weights, k, spec)
-    if not bool(torch.isfinite(hessian).all()):
-        raise ValueError("hessian holds NaN or infinite values; the calibration inputs were not finite")
-
-
-def _check_weights(weights: Sequence[Tensor], k: int, spec: QuantSpec) -> None:
-    if not weights:
-        raise ValueError("weights must hold at least one (N, K) tensor, got none")
-    for w in weights:
-        if w.ndim != 2 or w.shape[1] != k or w.shape[0] == 0:
-            raise ValueError(f"a weight must be (N, {k}) with N > 0 as its input is {k} wide, got {tuple(w.shape)}")
-    spec.num_groups(k)
-
-
-def _row_chunks(x: Tensor) -> Iterator[Tensor]:
-    return iter(x.split(max(1, _CHUNK_ELEMENTS // x.shape[1])))
-
-
-def _diagonal_blocks(hessian: Tensor, num_groups: int) -> Tensor:
-    """``(G, g, g)`` blocks on the diagonal."""
-    g = hessian.shape[0] // num_groups
-    split = hessian.reshape(num_groups, g, num_groups, g)
-    return split.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 
 def _tie(x: Tensor, channels: Tensor | None) -> Tensor:
@@ -287,7 +219,7 @@ def _weight_magnitude(weights: Sequence[Tensor], spec: QuantSpec) -> Tensor:
     total = sum(part.shape[0] for part in weights)
     out = torch.zeros(weights[0].shape[1], dtype=torch.float32, device=weights[0].device)
     for w in weights:
-        for part in _row_chunks(w):
+        for part in w.split(chunk_rows(w.shape[1])):
             size = part.to(out.dtype).abs().reshape(part.shape[0], spec.num_groups(part.shape[1]), -1)
             peak = size.amax(-1, keepdim=True)
             out += (size / torch.where(peak > 0, peak, 1.0)).sum(0).flatten()
@@ -302,7 +234,7 @@ def _rtn_loss(weight: Tensor, scales: Tensor, hessian: Tensor, spec: QuantSpec, 
     """Output loss (scalar) of rounding ``weight * scales`` to nearest and dividing the scales out again."""
     total = torch.zeros((), dtype=hessian.dtype, device=hessian.device)
     scaled_hessian = scale_hessian(hessian, scales)
-    for part in _row_chunks(weight):
+    for part in weight.split(chunk_rows(weight.shape[1])):
         w = part.to(hessian.dtype)
         scaled = w * scales
         grid_scales, zeros = grid_fn(scaled, scaled_hessian, spec)
@@ -311,69 +243,13 @@ def _rtn_loss(weight: Tensor, scales: Tensor, hessian: Tensor, spec: QuantSpec, 
     return total
 
 
-def _search_clip_rows(
-    weight: Tensor, blocks: Tensor, spec: QuantSpec, steps: int, rounds: int
-) -> tuple[Tensor, Tensor | None]:
-    """:func:`search_clip` for a chunk of rows. Works on ``(G, n, g)`` so that the loss is one batched matmul."""
-    groups = blocks.shape[0]
-    w = weight.reshape(weight.shape[0], groups, -1).transpose(0, 1).contiguous()
-    start, start_zeros = minmax_grid(weight, spec)
-    scale = start.T.unsqueeze(-1)
-    zero = torch.full_like(scale, spec.mid_code) if start_zeros is None else start_zeros.T.unsqueeze(-1).to(w.dtype)
-
-    def codes(scale: Tensor, zero: Tensor) -> Tensor:
-        return (w / scale + zero).round_().clamp_(0, spec.max_code) - zero
-
-    def loss(scale: Tensor, zero: Tensor) -> Tensor:
-        error = codes(scale, zero) * scale - w
-        return (torch.bmm(error, blocks) * error).sum(-1, keepdim=True)
-
-    best = loss(scale, zero)
-
-    def consider(other_scale: Tensor, other_zero: Tensor) -> None:
-        nonlocal scale, zero, best
-        other = loss(other_scale, other_zero)
-        better = other < best
-        scale = torch.where(better, other_scale, scale)
-        zero = torch.where(better, other_zero, zero)
-        best = torch.where(better, other, best)
-
-    minmax, minmax_zero, ends = scale, zero, (-zero * scale, (spec.max_code - zero) * scale)
-    width = (1.0 - _SMALLEST_FACTOR) / steps
-    count = steps + (int((_LARGEST_FACTOR - 1.0) / width) if spec.symmetric else 0)
-    for step in range(count):
-        factor = _SMALLEST_FACTOR + width * (step + (step >= steps))
-        consider(minmax * factor, minmax_zero)
-        if not spec.symmetric:
-            for low, high in ((ends[0] * factor, ends[1]), (ends[0], ends[1] * factor)):
-                one_sided = (high - low) / spec.max_code
-                consider(one_sided, (-low / one_sided).round())
-    for _ in range(rounds):
-        if not spec.symmetric:
-            for shift in (-1, 1):
-                moved = (zero + shift).clamp(0, spec.max_code)
-                consider(_least_squares_scale(w, codes(scale, moved), blocks, scale), moved)
-        for _ in range(2):
-            consider(_least_squares_scale(w, codes(scale, zero), blocks, scale), zero)
-    scales = scale.squeeze(-1).T.contiguous()
-    return scales, None if spec.symmetric else zero.squeeze(-1).T.to(torch.uint8).contiguous()
-
-
-def _least_squares_scale(w: Tensor, codes: Tensor, blocks: Tensor, otherwise: Tensor) -> Tensor:
-    """``argmin_s (s q - w) H_gg (s q - w)^T = (q H w) / (q H q)``; ``otherwise`` where that is not positive."""
-    weighted = torch.bmm(codes, blocks)
-    top, bottom = (weighted * w).sum(-1, keepdim=True), (weighted * codes).sum(-1, keepdim=True)
-    fit = top / torch.where(bottom > 0, bottom, 1.0)
-    return torch.where((bottom > 0) & (fit > 0), fit, otherwise)
-
-
 def _refit_scales(weight: Tensor, qw: QuantizedWeight, hessian: Tensor) -> Tensor:
     """Scales ``(N, G)`` minimising each row's full-Hessian loss with the codes held: one ``G x G`` system per row."""
     groups = qw.scales.shape[1]
     unit = dequantize(QuantizedWeight(qw.codes, torch.ones_like(qw.scales, dtype=weight.dtype), qw.zeros, qw.spec))
     parts = []
     # G weighted copies of the rows are alive at once, so the chunk is G times smaller.
-    rows = max(1, _CHUNK_ELEMENTS // (weight.shape[1] * groups))
+    rows = chunk_rows(weight.shape[1] * groups)
     for w, q, old in zip(weight.split(rows), unit.to(weight.dtype).split(rows), qw.scales.split(rows), strict=True):
         n, k = w.shape
         codes = q.reshape(n, groups, -1)
