@@ -10,7 +10,7 @@ wrong argument, constant or type shows. Then the launch is not run but *acted*: 
 would check them, and a few lines of plain torch write what the kernel is documented to write (fake_kernels.py). So
 arguments that are swapped, missing or too small give a wrong result or an error here as well.
 
-It shows nothing about the kernels themselves: other tests interpret, compile and read those.
+It shows nothing about the kernels themselves; emulated_gpu.py runs what they were compiled to.
 """
 
 from __future__ import annotations
@@ -118,6 +118,10 @@ class FakeGpu:
         self.capture: list[Callable[[], None]] | None = None
         self.utils = SimpleNamespace(get_device_properties=lambda _: {"max_shared_mem": 232_448})
 
+    def act(self, src: Any, options: Any, grid: tuple[int, int, int], arguments: dict[str, Any]) -> None:
+        """What a launch writes; emulated_gpu.py runs the compiled kernel instead."""
+        act(src.fn.__name__, grid, arguments)
+
     def get_current_device(self) -> int:
         return 0
 
@@ -169,9 +173,9 @@ class _Lowered:
             )
         )  # fmt: skip
         with _no_modes():
-            act(self.src.fn.__name__, grid, arguments)
+            self.gpu.act(self.src, self.options, grid, arguments)
         if self.gpu.capture is not None:
-            self.gpu.capture.append(lambda: act(self.src.fn.__name__, grid, arguments))
+            self.gpu.capture.append(lambda: self.gpu.act(self.src, self.options, grid, arguments))
 
 
 @contextlib.contextmanager
@@ -263,9 +267,11 @@ class _Event:
 
 
 @contextlib.contextmanager
-def fake_gpu(arch: int = 90, name: str = "NVIDIA H200", memory: int = 64 << 20) -> Iterator[FakeGpu]:
+def fake_gpu(
+    arch: int = 90, name: str = "NVIDIA H200", memory: int = 64 << 20, gpu: FakeGpu | None = None
+) -> Iterator[FakeGpu]:
     """Within it torch.cuda is available and Triton launches on a :class:`FakeGpu`; caches of both are left clean."""
-    gpu = FakeGpu(arch, name)
+    gpu = gpu or FakeGpu(arch, name)
 
     @contextlib.contextmanager
     def graph(target: _Graph, **_: Any) -> Iterator[None]:
@@ -310,9 +316,9 @@ def fake_gpu(arch: int = 90, name: str = "NVIDIA H200", memory: int = 64 << 20) 
 
 def _clean(gpu: FakeGpu) -> None:
     """Forget what lowbit_kernels cached of a device (answers, counters), and Triton (kernels that can be launched)."""
-    from lowbit_kernels import epilogue, int8, weight_only
+    from lowbit_kernels import epilogue, weight_only
 
-    for function in (weight_only.device_arch, weight_only._device_name, int8.gpu_name):
+    for function in (weight_only.device_arch, weight_only.gpu_name):
         function.cache_clear()
     epilogue._counters.clear()
     epilogue._next.clear()
