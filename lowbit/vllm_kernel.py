@@ -26,7 +26,7 @@ from vllm.platforms import current_platform
 from . import ops
 from .spec import GROUP_SIZES, PACKED_BITS
 
-__all__ = ["LowbitLinearKernel"]
+__all__ = ["LowbitLinearKernel", "prepare"]
 
 
 class LowbitLinearKernel(MPLinearKernel):
@@ -59,9 +59,7 @@ class LowbitLinearKernel(MPLinearKernel):
         for name, tensor in zip((self.w_q_name, self.w_s_name, self.w_zp_name), packed, strict=True):
             if tensor is not None:
                 replace_parameter(layer, name, nn.Parameter(tensor, requires_grad=False))
-        ops.prepare(device)
-        if device.type == "cuda" and envs.VLLM_BATCH_INVARIANT:
-            ops.set_batch_invariant(True)
+        prepare(device)
 
     def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``(..., K) -> (..., N)`` in x's dtype."""
@@ -70,6 +68,13 @@ class LowbitLinearKernel(MPLinearKernel):
         return ops.packed_linear(
             x, weight, scales, zeros, bias, bits=bits, group_size=_group_size(self.config), layout=self.layout
         )
+
+
+def prepare(device: torch.device) -> None:
+    """What is done once weights are on their device: the kernels' own memory, and vLLM's wish for equal batches."""
+    ops.prepare(device)
+    if device.type == "cuda" and envs.VLLM_BATCH_INVARIANT:
+        ops.set_batch_invariant(True)
 
 
 def _why_not(c: MPLinearLayerConfig) -> str | None:

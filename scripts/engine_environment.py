@@ -6,10 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["call", "clean_environ", "default_folder", "installed", "new_environment", "pip", "say"]
+__all__ = ["call", "clean_environ", "default_folder", "installed", "pip", "prepare", "say"]
 
 
 def default_folder(name: str, version: str) -> Path:
@@ -18,8 +18,12 @@ def default_folder(name: str, version: str) -> Path:
     return cache / "lowbit" / f"{name}-{version}-py{sys.version_info.major}.{sys.version_info.minor}"
 
 
-def new_environment(folder: Path, torch: str) -> Path:
-    """Make a virtual environment with a CPU build of torch, or what is missing of it.
+def prepare(folder: Path, packages: Mapping[str, str], engine: str, install: Callable[[Path], None]) -> Path:
+    """Make a virtual environment with a CPU build of torch and the engine, or what is missing of it.
+
+    Args:
+        packages: distribution -> version, ``torch`` and ``engine`` among them.
+        engine: of the environments that ``install(python)`` has completed, these have it.
 
     Returns:
         Its Python.
@@ -34,9 +38,13 @@ def new_environment(folder: Path, torch: str) -> Path:
     if not python.exists():
         say(f"making {folder}")
         call([sys.executable, "-m", "venv", "--clear", str(folder)])
+    torch, wanted = packages["torch"], packages[engine]
     if installed(python).get("torch", "").partition("+")[0] != torch:
         say(f"installing torch {torch}")
         _install_torch(python, f"torch=={torch}")
+    if installed(python).get(engine) != wanted:
+        say(f"installing {engine} {wanted}; this takes some minutes")
+        install(python)
     return python
 
 

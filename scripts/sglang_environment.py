@@ -61,26 +61,18 @@ def default_folder() -> Path:
 
 
 def prepare(folder: Path) -> Path:
-    """Make the environment, or what is missing of it.
-
-    Returns:
-        Its Python.
-
-    Raises:
-        ValueError: ``folder`` holds something else than a virtual environment.
-        RuntimeError: pip failed; its message.
-    """
-    python = engine.new_environment(folder, PACKAGES["torch"])
-    versions = installed(python)
-    if versions.get("sglang") != PACKAGES["sglang"]:
-        say(f"installing sglang {PACKAGES['sglang']}; this takes some minutes")
-        pip(python, "install", f"torch=={PACKAGES['torch']}", *IMPORTED)
-        # Without what they require, which is for CUDA; sglang last, because its presence says that all is there.
-        pip(python, "install", "--no-deps", f"torchvision=={PACKAGES['torchvision']}")
-        pip(python, "install", "--no-deps", f"sglang=={PACKAGES['sglang']}")
+    """The environment's Python; ValueError and RuntimeError as engine.prepare."""
+    python = engine.prepare(folder, PACKAGES, "sglang", install)
     quiet_torchvision(python)
     stand_ins(folder)
     return python
+
+
+def install(python: Path) -> None:
+    pip(python, "install", f"torch=={PACKAGES['torch']}", *IMPORTED)
+    # Without what they require, which is for CUDA; sglang last, because its presence says that all is there.
+    pip(python, "install", "--no-deps", f"torchvision=={PACKAGES['torchvision']}")
+    pip(python, "install", "--no-deps", f"sglang=={PACKAGES['sglang']}")
 
 
 def quiet_torchvision(python: Path) -> None:

