@@ -38,11 +38,13 @@ class EmulatedGpu(FakeGpu):
     Attributes:
         order: decides which warp and which program goes on.
         late: whether copies and products happen as late as they may.
+        counts: by kernel and kind of access to shared memory, passes over its banks and how few could do.
     """
 
     def __init__(self, arch: int, seed: int, late: bool) -> None:
         super().__init__(arch, "emulated")
         self.order, self.late = random.Random(seed), late
+        self.counts: dict[str, dict[str, tuple[int, int]]] = {}
 
     def act(self, src: Any, options: Any, grid: tuple[int, int, int], arguments: dict[str, Any]) -> None:
         """Compile the launch's kernel and run its programs."""
@@ -62,7 +64,8 @@ class EmulatedGpu(FakeGpu):
             else:
                 parameters.append(int(value))
         memory.allow(extents)
-        machine.run(grid, parameters, memory, order=self.order, late=self.late)
+        counts = self.counts.setdefault(src.fn.__name__, {})
+        machine.run(grid, parameters, memory, order=self.order, late=self.late, counts=counts)
 
     def _machine(self, src: Any, options: Any) -> tuple[Machine, Any]:
         target = GPUTarget("cuda", self.arch, 32)

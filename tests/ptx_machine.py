@@ -90,8 +90,12 @@ class Machine:
         *,
         order: random.Random,
         late: bool = True,
+        counts: dict[str, tuple[int, int]] | None = None,
     ) -> None:
         """All programs of a grid; ``parameters`` as the entry point lists them.
+
+        Args:
+            counts: takes, by kind of access to shared memory, the passes over its banks and how few could do.
 
         Raises:
             WrongAccess, Race, Deadlock, PtxError: what a GPU would fault on, hang on or do wrongly.
@@ -106,7 +110,7 @@ class Machine:
             for number, program in enumerate(programs):
                 # where programs do not talk to each other, each has its own time
                 among = (number, len(programs)) if atomics else (0, 1)
-                Cta(self, program, grid, values, memory, order, late, among).run()
+                Cta(self, program, grid, values, memory, order, late, among, counts).run()
 
 
 class Cta:
@@ -122,7 +126,9 @@ class Cta:
         order: random.Random,
         late: bool,
         among: tuple[int, int],
+        counts: dict[str, tuple[int, int]] | None,
     ) -> None:
+        self.counts = counts
         count = machine.program.threads // 32
         self.first, self.actors = among[0] * (count + 1), among[1] * (count + 1)
         self.code, self.parameters, self.memory, self.order, self.late = machine.code, values, memory, order, late

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["PENDING", "GlobalMemory", "Race", "SharedMemory", "TensorMap", "WrongAccess", "swizzled"]
+__all__ = ["PENDING", "GlobalMemory", "Race", "SharedMemory", "TensorMap", "WrongAccess", "swizzled", "wavefronts"]
 
 Array = Any
 SHARED_BASE = 1024
@@ -187,6 +187,22 @@ class SharedMemory:
         new = (self.bytes[places] != data) | (self.written_at[places] <= clock[self.mine][self.written_by[places]])
         self.claim(places[new], actor, clock)
         self.complete(places[new], data[new], actor, clock[self.first + actor])
+
+
+def wavefronts(addresses: Array, size: int) -> tuple[int, int]:
+    """Passes over the banks of shared memory that one access of up to 32 lanes takes, and without conflicts would.
+
+    32 banks of 4 bytes; lanes that want the same 4 bytes share them. With 8 bytes per lane 16 go at a time, with 16
+    bytes 8.
+    """
+    lanes = {8: 16, 16: 8}.get(size, 32)
+    passes = fewest = 0
+    for i in range(0, len(addresses), lanes):
+        bytes_ = addresses[i : i + lanes].astype(np.int64)[:, None] + np.arange(size)
+        words = np.unique(bytes_ // 4)
+        passes += int(np.bincount(words % 32).max())
+        fewest += -(-len(words) // 32)
+    return passes, fewest
 
 
 def swizzled(offsets: Array, width: int) -> Array:

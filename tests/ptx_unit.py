@@ -10,7 +10,7 @@ import numpy as np
 
 from ptx_alu import LANES
 from ptx_matrix import accumulate, descriptor_addresses, fragment, from_rows, left, mma, numbers, to_rows
-from ptx_memory import PENDING, SHARED_BASE, TensorMap
+from ptx_memory import PENDING, SHARED_BASE, TensorMap, wavefronts
 
 __all__ = ["Copy", "PtxError", "Unit"]
 
@@ -92,12 +92,21 @@ class Unit:
         if space == "global":
             data = self.cta.memory.read(addresses[active], size * count, self.warp.clock)
         else:
+            self._count("ld.shared", addresses[active], size * count)
             places = self.cta.shared.places(addresses[active], size * count, "a read")
             data = self.cta.shared.read(places, self.warp.number, self.warp.clock)
         values = np.ascontiguousarray(data).view(f"{'i' if signed else 'u'}{size}")
         for i in range(count):
             out[i][active] = values[:, i].astype(to).view(f"u{to[1]}")
         return out
+
+    def _count(self, what: str, addresses: Array, size: int) -> None:
+        """Add an access's passes over the banks to what the run counts, if it does."""
+        counts = self.cta.counts
+        if counts is not None:
+            taken, fewest = counts.get(what, (0, 0))
+            passes = wavefronts(addresses, size)
+            counts[what] = taken + passes[0], fewest + passes[1]
 
     def store(self, space: str, addresses: Array, values: Sequence[Array], size: int, mask: Array | None) -> None:
         """The low ``size`` bytes of each value, side by side."""
@@ -109,6 +118,7 @@ class Unit:
         if space == "global":
             self.cta.memory.write(addresses[active], data, self.warp.actor, self.warp.clock)
         else:
+            self._count("st.shared", addresses[active], data.shape[1])
             places = self.cta.shared.places(addresses[active], data.shape[1], "a write")
             self.cta.shared.write(places, data, self.warp.number, self.warp.clock)
 
@@ -128,6 +138,7 @@ class Unit:
         active = np.arange(32) if mask is None else np.flatnonzero(mask)
         if not len(active):
             return
+        self._count("cp.async", shared[active], size)
         places = self.cta.shared.places(shared[active], size, "an asynchronous copy")
         self.cta.shared.claim(places, self.warp.number, self.warp.clock)
         some = np.full(len(active), size) if given is None else given[active].astype(np.int64)
@@ -226,12 +237,14 @@ class Unit:
 
     def load_matrix(self, addresses: Array, count: int, transposed: bool, mask: Array | None) -> list[Array]:
         self._all(mask, "ldmatrix")
+        self._count("ldmatrix", addresses[: 8 * count], 16)
         places = self.cta.shared.places(addresses[: 8 * count], 16, "ldmatrix")
         rows = self.cta.shared.read(places, self.warp.number, self.warp.clock)
         return [from_rows(rows[8 * i : 8 * i + 8], transposed) for i in range(count)]
 
     def store_matrix(self, addresses: Array, values: Sequence[Array], transposed: bool, mask: Array | None) -> None:
         self._all(mask, "stmatrix")
+        self._count("stmatrix", addresses[: 8 * len(values)], 16)
         places = self.cta.shared.places(addresses[: 8 * len(values)], 16, "stmatrix")
         data = np.concatenate([to_rows(value, transposed) for value in values])
         self.cta.shared.write(places, data, self.warp.number, self.warp.clock)

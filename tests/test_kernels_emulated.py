@@ -56,6 +56,16 @@ def test_the_suite_of_gpu_check_passes(arch, beginning):
                 check.run()
                 run += 1
     assert run == SUITE[arch][beginning]
+    for kernel, counts in gpu.counts.items():
+        if kernel != "row_factors_kernel":  # a reduction over the scales, not measured to matter
+            assert_banks_do_not_conflict(counts)
+
+
+def assert_banks_do_not_conflict(counts, kinds=frozenset()):
+    """Each access to shared memory takes as few passes as its bytes need; 5 % for what is not of the main loop."""
+    assert kinds <= set(counts)
+    for kind, (taken, fewest) in counts.items():
+        assert taken <= 1.05 * fewest, f"{kind}: {taken} passes, {fewest} could do"
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -79,6 +89,8 @@ def test_every_shipped_tile_computes_what_it_should(arch):
             error = relative_rms(packed(x, bias, tile=tile), reference(x, packed, bias))
             assert error < check_correct.limit_of(problem.dtype, m * n), (tile, problem)
             run += 1
+        for kernel in ("weight_only_kernel", "hopper_kernel")[: 2 if arch == 90 else 1]:
+            assert_banks_do_not_conflict(gpu.counts[kernel], {"ld.shared", "ldmatrix"})
     assert run >= 5
 
 
@@ -96,6 +108,7 @@ def test_every_int8_tile_computes_exactly(arch):
             out = int8_matmul(x_q, x_scale, codes, scales, None, out_dtype=torch.float32, tile=shared)
             exact = (x_q.double() @ codes.double().t()) * x_scale.double()[:, None] * scales.double()
             assert relative_rms(out, exact) < 3 * 2.0**-24, tile
+        assert_banks_do_not_conflict(gpu.counts["_int8_matmul_kernel"], {"ld.shared"})
 
 
 @pytest.mark.parametrize("tile", [Tile("triton", 16, 64, 3, 4, 3), Tile("gluon", 16, 128, 3, 4, 2)], ids=str)

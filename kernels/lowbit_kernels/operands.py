@@ -84,30 +84,41 @@ def word_offsets(first_row, N, UNITS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def x_offsets(first_token, K: tl.constexpr, RUN: tl.constexpr, BLOCK_M: tl.constexpr, FOR_MMA: tl.constexpr):
-    """Offsets of tokens first_token .. and columns 0 .. RUN: (BLOCK_M, RUN), or for mma.sync (RUN / 8, BLOCK_M, 8).
+    """Offsets of tokens first_token .. and columns 0 .. RUN: (BLOCK_M, RUN), or for mma.sync (BLOCK_M * RUN / 8, 8).
 
-    Eight columns of eight tokens are then 128 contiguous bytes of shared memory: ldmatrix without bank conflicts.
+    There a row is eight columns 8c .. of token 8v + u, and rows are in the order (v, c, u). Lanes copy rows one after
+    the other into contiguous shared memory, where eight tokens of one c are 128 bytes: no bank conflict in copies nor
+    in ldmatrix. In global memory four lanes copy 64 contiguous bytes of a token.
     """
-    tokens = (first_token + tl.arange(0, BLOCK_M)).to(tl.int64) * K
     if FOR_MMA:
-        columns = tl.arange(0, RUN // 8)[:, None, None] * 8 + tl.arange(0, 8)[None, None, :]
-        return tokens[None, :, None] + columns
+        tokens, columns = _rows_of_x(BLOCK_M, RUN)
+        return (first_token + tokens).to(tl.int64) * K + columns
     else:
+        tokens = (first_token + tl.arange(0, BLOCK_M)).to(tl.int64) * K
         return tokens[:, None] + tl.arange(0, RUN)[None, :]
 
 
 @triton.jit
-def load_x(ptrs, tokens_left, columns_left, EVEN: tl.constexpr, FOR_MMA: tl.constexpr):
+def _rows_of_x(BLOCK_M: tl.constexpr, RUN: tl.constexpr):
+    """Token (rows, 1) and column (rows, 8) of the elements of a run of x for mma.sync."""
+    rows = tl.arange(0, BLOCK_M * RUN // 8)[:, None]
+    return rows // RUN * 8 + rows % 8, rows % RUN // 8 * 8 + tl.arange(0, 8)[None, :]
+
+
+@triton.jit
+def load_x(
+    ptrs, tokens_left, columns_left, RUN: tl.constexpr, BLOCK_M: tl.constexpr, EVEN: tl.constexpr, FOR_MMA: tl.constexpr
+):
     """One run of x, zero where there is no token or column."""
     if FOR_MMA:
-        mask = tl.arange(0, ptrs.shape[1])[None, :, None] < tokens_left
+        tokens, columns = _rows_of_x(BLOCK_M, RUN)
+        mask = tokens < tokens_left
         if not EVEN:
-            columns = tl.arange(0, ptrs.shape[0])[:, None, None] * 8 + tl.arange(0, 8)[None, None, :]
             mask = mask & (columns < columns_left)
     else:
-        mask = tl.arange(0, ptrs.shape[0])[:, None] < tokens_left
+        mask = tl.arange(0, BLOCK_M)[:, None] < tokens_left
         if not EVEN:
-            mask = mask & (tl.arange(0, ptrs.shape[1])[None, :] < columns_left)
+            mask = mask & (tl.arange(0, RUN)[None, :] < columns_left)
     return tl.load(ptrs, mask=mask, other=0.0)
 
 
@@ -115,22 +126,23 @@ def load_x(ptrs, tokens_left, columns_left, EVEN: tl.constexpr, FOR_MMA: tl.cons
 def right_operand(x, RUN: tl.constexpr, BLOCK_M: tl.constexpr, FOR_MMA: tl.constexpr):
     """A run of x as (RUN, BLOCK_M), its columns in the order in which unpack_columns gives the weights'."""
     if FOR_MMA:
-        parts = tl.reshape(x, (RUN // 16, 2, BLOCK_M, 4, 2))  # (i, b), u, token, t, h
-        return tl.reshape(tl.permute(parts, (0, 3, 1, 4, 2)), (RUN, BLOCK_M))
+        parts = tl.reshape(x, (BLOCK_M // 8, RUN // 16, 2, 8, 4, 2))  # token / 8, (i, b), u, token % 8, t, h
+        return tl.reshape(tl.permute(parts, (1, 4, 2, 5, 0, 3)), (RUN, BLOCK_M))
     else:
         return tl.trans(x)
 
 
 @triton.jit
-def run_of_x(x, INDEX: tl.constexpr, RUNS: tl.constexpr):
-    """Run INDEX of a whole step of x for mma.sync, (RUNS * RUN / 8, BLOCK_M, 8): registers only."""
+def run_of_x(x, INDEX: tl.constexpr, RUNS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Run INDEX of a whole step of x for mma.sync, rows (v, c, u) of eight columns: registers only."""
     if RUNS == 1:
         return x
     else:
         HALF: tl.constexpr = RUNS // 2
-        parts = tl.reshape(x, (2, x.shape[0] // 2, x.shape[1], 8))
-        low, high = tl.split(tl.permute(parts, (1, 2, 3, 0)))
-        return run_of_x(low if INDEX < HALF else high, INDEX % HALF, HALF)
+        ROWS: tl.constexpr = x.shape[0] // 2
+        parts = tl.reshape(x, (BLOCK_M // 8, 2, ROWS // BLOCK_M, 8, 8))
+        low, high = tl.split(tl.permute(parts, (0, 2, 3, 4, 1)))
+        return run_of_x(tl.reshape(low if INDEX < HALF else high, (ROWS, 8)), INDEX % HALF, HALF, BLOCK_M)
 
 
 @triton.jit
@@ -138,13 +150,16 @@ def run_sums(
     x, sums_ptrs, tokens_left, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SUMS: tl.constexpr, FOR_MMA: tl.constexpr
 ):
     """S of one run in fp32, something that broadcasts to (BLOCK_N, BLOCK_M). See NO_SUMS .. SUMS_LOADED."""
+    RUN: tl.constexpr = x.shape[0] * 8 // BLOCK_M if FOR_MMA else x.shape[1]
     if SUMS == 1:
-        x = tl.reshape(tl.permute(x, (0, 2, 1)), (x.shape[0] * 8, BLOCK_M)) if FOR_MMA else tl.trans(x)
-        return tl.dot(tl.full((BLOCK_N, x.shape[0]), 1.0, x.dtype), x, input_precision="ieee")
-    elif SUMS == 2:
         if FOR_MMA:
-            return tl.sum(tl.sum(x.to(tl.float32), axis=2), axis=0)[None, :]
+            parts = tl.reshape(x, (BLOCK_M // 8, RUN // 8, 8, 8))  # token / 8, c, token % 8, column % 8
+            x = tl.reshape(tl.permute(parts, (1, 3, 0, 2)), (RUN, BLOCK_M))
         else:
-            return tl.sum(x.to(tl.float32), axis=1)[None, :]
+            x = tl.trans(x)
+        return tl.dot(tl.full((BLOCK_N, RUN), 1.0, x.dtype), x, input_precision="ieee")
+    elif SUMS == 2:
+        tl.static_assert(not FOR_MMA, "sums by additions are for wgmma, which reads x from shared memory")
+        return tl.sum(x.to(tl.float32), axis=1)[None, :]
     else:
         return tl.load(sums_ptrs, mask=tl.arange(0, BLOCK_M) < tokens_left, other=0.0)[None, :]

@@ -79,14 +79,15 @@ def tile_product(
             next_scales = step_scales(scales_ptr, step + 1, N, row, LAST, GROUP, RUN, SCALES, BLOCK_N)
             if HAS_ZEROS:
                 next_zeros = step_scales(zeros_ptr, step + 1, N, row, LAST, GROUP, RUN, SCALES, BLOCK_N)
-        whole = load_x(x_ptrs, tokens_left, K - step * COLUMNS, EVEN, FOR_MMA)
+        whole = load_x(x_ptrs, tokens_left, K - step * COLUMNS, PART, BLOCK_M, EVEN, FOR_MMA)
         for run in tl.static_range(RUNS):
             if FOR_MMA:
-                x = run_of_x(whole, run, RUNS)
+                x = run_of_x(whole, run, RUNS, BLOCK_M)
             elif run == 0:
                 x = whole
             else:
-                x = load_x(x_ptrs + run * RUN, tokens_left, K - step * COLUMNS - run * RUN, EVEN, FOR_MMA)
+                left = K - step * COLUMNS - run * RUN
+                x = load_x(x_ptrs + run * RUN, tokens_left, left, RUN, BLOCK_M, EVEN, FOR_MMA)
             values = unpack_columns(words, run * (RUN // 32), RUN // 32, BITS, x.dtype, RAW, PTX, FOR_MMA)
             dot = tl.dot(values, right_operand(x, RUN, BLOCK_M, FOR_MMA), input_precision="ieee")
             if SUMS != 0:

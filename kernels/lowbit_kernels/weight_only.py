@@ -128,7 +128,8 @@ def constants(problem: Problem, tile: Tile, arch: int, *, has_bias: bool, interp
     """Constexpr arguments of the kernel: the same for a launch and for compiling ahead of one.
 
     Sums of x are cheapest as a dot with ones where mma.sync has few tokens. From 16 tokens on wgmma (and 32 on
-    mma.sync) a symmetric weight is cheaper to centre, and an asymmetric one gets sums from elsewhere.
+    mma.sync) a symmetric weight is cheaper to centre, and an asymmetric one gets sums from elsewhere: additions in the
+    loop at up to 32 tokens of wgmma, which reads x from shared memory anyway.
     """
     bits, dtype = problem.bits, problem.dtype
     wgmma = arch // 10 == 9 and tile.block_m >= 16 and tile.block_n >= 64 and tile.num_warps >= 4
@@ -139,7 +140,7 @@ def constants(problem: Problem, tile: Tile, arch: int, *, has_bias: bool, interp
     elif by_dot:
         sums = SUMS_BY_DOT
     else:
-        sums = SUMS_BY_ADDS if tile.block_m <= 32 else SUMS_LOADED
+        sums = SUMS_BY_ADDS if wgmma and tile.block_m <= 32 else SUMS_LOADED
     return {
         "K": problem.k,
         "UNITS": tiles_shape(problem.n, problem.k, bits)[1],

@@ -84,4 +84,4 @@ def _integer_budget(tokens: int, bits: int, group_size: int) -> float:
     """
     small_groups = group_size in (32, 64)
     few = {2: 1.85, 4: 1.85 if small_groups else 1.55, 8: 3.3 if small_groups else 2.1}[bits]
-    return few * (1.0 if tokens <= 16 else 1.07 if tokens <= 32 else 2.2)
+    return few * (1.0 if tokens <= 16 else 1.07 if tokens <= 32 else 2.4)
