@@ -268,14 +268,14 @@ def compile_case(tile: Tile, problem: Problem) -> CompileCase:
 
 
 def _integer_budget(problem: Problem) -> float:
-    """Integer instructions per weight that a multiplying warp may spend: the conversion's own and a quarter of one.
+    """Integer instructions per weight that a multiplying warp may spend: the conversion's own and 0.3 of one.
 
     4 bits: one lop3 per pair and three shifts per four pairs. 8 bits: bf16 two lop3 per pair and a shift per two pairs,
     fp16 one prmt. Zeros of small groups come on top, up to 14 instructions for each weight row of one.
     """
     conversion = 0.875 if problem.bits == 4 else 0.5 if problem.dtype == torch.float16 else 1.25
     zeros = 14 / problem.group_size if problem.asymmetric and problem.group_size in (32, 64) else 0.0
-    return conversion + 0.25 + zeros
+    return conversion + 0.3 + zeros
 
 
 def compile_cases() -> list[CompileCase]:

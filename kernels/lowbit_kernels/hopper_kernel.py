@@ -218,6 +218,7 @@ def _finish(
 
     Warpgroups of one tile count on their own, so none waits for another. Every split adds in the order of k.
     """
+    STORE: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])  # 64 rows of four tokens per warp
     lanes = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
     columns = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))
     store = True
@@ -240,13 +241,15 @@ def _finish(
                 for other in range(SPLIT_K):
                     # past the first-level cache, which may hold what was here before
                     acc += gl.load(base + (other * SIZE + rep * 64 * BLOCK_M) + place, cache_modifier=".cg")
-            rows = row + (WARPGROUP * REPS + rep) * 64 + lanes
+            first = row + (WARPGROUP * REPS + rep) * 64
             if HAS_BIAS:
-                acc += gl.load(bias_ptr + gl.minimum(rows, N - 1)).to(gl.float32)[:, None]
-            tokens = token + columns
+                acc += gl.load(bias_ptr + gl.minimum(first + lanes, N - 1)).to(gl.float32)[:, None]
+            # through shared memory: a lane holds two rows of two tokens, and out wants rows side by side
+            out = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), STORE)
+            rows = first + gl.arange(0, 64, layout=gl.SliceLayout(1, STORE))
+            tokens = token + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, STORE))
             ptrs = out_ptr + tokens.to(gl.int64)[None, :] * N + rows[:, None]
-            inside = (rows < N)[:, None] & (tokens < M)[None, :]
-            gl.store(ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside)
+            gl.store(ptrs, out, mask=(rows < N)[:, None] & (tokens < M)[None, :])
         if SPLIT_K > 1:
             gl.store(counters_ptr + own, 0)
 

@@ -79,12 +79,14 @@ def reps(tile: Tile) -> int:
 
 
 def gluon_shared_bytes(tile: Tile, problem: Problem) -> int:
-    """Upper bound on the shared memory of one program: the ring, the barriers and what worker warps are passed.
+    """Upper bound on the shared memory of one program: the ring, barriers and what worker warps are passed, the result.
 
-    Scales count as fp32, zeros always.
+    Scales count as fp32. A warpgroup turns its result 2 KiB at a time.
     """
     per_step = tile.block_m * STEP * 2 + tile.block_n * STEP * problem.bits // 8
-    return tile.num_stages * (per_step + runs_of_step(problem.group_size) * tile.block_n * 5) + 1024
+    per_run = tile.block_n * (5 if problem.asymmetric else 4)
+    ring = tile.num_stages * (per_step + runs_of_step(problem.group_size) * per_run)
+    return ring + 256 + tile.num_warps // 4 * 2048
 
 
 def gluon_why_not(tile: Tile, problem: Problem) -> str | None:
