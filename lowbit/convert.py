@@ -145,7 +145,7 @@ def convert(
 
 
 def _folder(source: str | os.PathLike[str]) -> Path:
-    folder = Path(source)
+    folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
     from .hf import resolve  # only here: a local folder is converted without importing transformers

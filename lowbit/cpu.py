@@ -218,8 +218,9 @@ def input_gradient(
 def best_layout(n: int, k: int, *, bits: int, symmetric: bool, dtype: torch.dtype, device: torch.device) -> str:
     """The layout that is fastest to multiply with on ``device``, for scales of ``dtype``.
 
-    The Triton kernels read the disk layout. On the CPU aten's layouts pay where aten has fast code: bf16, shapes that
-    fill its blocks, and for 8 bits a symmetric grid (a zero would have to be applied to sums already rounded to bf16).
+    Other devices keep the disk layout here; what the Triton kernels read is ops.best_layout's to say. On the CPU aten's
+    layouts pay where aten has fast code: bf16, shapes that fill its blocks, and for 8 bits a symmetric grid (a zero
+    would have to be applied to sums already rounded to bf16).
     """
     if device.type != "cpu" or dtype != torch.bfloat16 or not _aten_is_fast():
         return DISK

@@ -73,9 +73,8 @@ class Experts(nn.Module):
             self.add_module(str(e), expert)
         shell = copy.copy(merged)
         shell.__dict__["_parameters"] = {}  # not to keep the merged weights alive
-        self._merged: tuple[Any] = (
-            shell,
-        )  # in a tuple, as it is no submodule: its name must not show in the state_dict
+        # in a tuple, as it is no submodule: its name must not show in the state_dict
+        self._merged: tuple[Any] = (shell,)
         self._count, self.top_k = len(experts), 0
         self._bond: Bond | None = None
         self._units: dict[str, _Unit] = {}

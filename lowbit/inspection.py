@@ -126,7 +126,7 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> Inspection:
         FileNotFoundError: no such folder or model, or it has no config.json or weights.
         ValueError: the checkpoint is damaged, its hashes do not agree, or it is of a format lowbit does not read.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if not folder.is_dir():
         from .hf import resolve  # only here: a local folder is described without importing transformers
 

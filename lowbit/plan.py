@@ -142,7 +142,7 @@ def _reason(
         return "the model itself is an nn.Linear, which cannot be replaced in place"
     if not name.endswith(".weight"):
         return "not the weight of its nn.Linear"
-    if isinstance(parent, nn.Module) and any(isinstance(child, Experts) for child in parent.children()):
+    if any(isinstance(child, Experts) for child in parent.children()):
         return "router of a mixture of experts, kept in the model's dtype"
     if others:
         return f"shared with {', '.join(others)}"

@@ -71,7 +71,6 @@ class BlockInputs:
     hidden: list[Tensor]
     arguments: list[list[Args]]
     keyword: bool = False
-    tokens: int = field(default=0)
 
 
 def _is_hidden(value: Any) -> bool:
@@ -165,7 +164,6 @@ def capture_block_inputs(model: nn.Module, blocks: Sequence[Block], batches: Seq
         for batch in batches:
             with contextlib.suppress(_AllCaught):
                 model(batch, use_cache=False, **({"decoder_input_ids": batch} if both else {}))
-            caught.tokens += batch.numel()
     for block, seen in zip(blocks, caught.arguments, strict=True):
         if len(seen) != len(batches):
             raise ValueError(f"{block.name}: was called {len(seen)} times in {len(batches)} forward passes")

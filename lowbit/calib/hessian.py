@@ -50,8 +50,10 @@ class Hessian:
         bfloat16 product is twice as fast but has no float32 result, rounds the chunk's sums to bfloat16: 2**-8 of each
         entry, as much as the inputs themselves were rounded, and averaged out over the chunks.
 
+        A NaN or infinity among the inputs shows in :meth:`mean`.
+
         Raises:
-            ValueError: wrong width, or a NaN or infinity among the inputs.
+            ValueError: wrong width.
         """
         k = self._sum.shape[0]
         if x.ndim != 2 or x.shape[1] != k:
@@ -139,12 +141,6 @@ class CrossMoment:
         quantized = quantized.to(self._cross.device)
         self._cross += (original.to(quantized.device) - quantized).t() @ quantized
         self.hessian.add(quantized)
-
-    def merge_(self, other: CrossMoment) -> CrossMoment:
-        """Take in another token set's sums; returns self."""
-        self._cross += other._cross
-        self.hessian.merge_(other.hessian)
-        return self
 
     def target(self, weight: Tensor) -> Tensor:
         """:func:`corrected_target` of a weight ``(N, K)``, damped for the number of tokens seen.

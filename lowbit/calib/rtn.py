@@ -35,6 +35,7 @@ class _BestGrid:
     zeros: Tensor
 
     def offer(self, error: Tensor, scales: Tensor, zeros: Tensor) -> None:
+        """Take a grid in every group where its error is smaller."""
         better = error < self.error
         self.error = torch.where(better, error, self.error)
         self.scales = torch.where(better, scales, self.scales)
@@ -67,6 +68,7 @@ class _Search:
         return codes.sub_(zeros)
 
     def try_grid(self, scales: Tensor, zeros: Tensor, which: Sequence[int]) -> None:
+        """Offer a grid, its scales rounded to storage, to the best of the importances ``which``."""
         scales = round_scales(scales, self.dtype).float()
         error = self._steps(scales, zeros).mul_(scales.unsqueeze(-1)).sub_(self.groups).square_()
         for one in which:
@@ -77,12 +79,14 @@ class _Search:
             yield (zeros + shift).clamp(0, self.spec.max_code)
 
     def shrink(self) -> None:
+        """Try ranges from the widest down."""
         bits = self.spec.bits
         for factor in torch.linspace(1.0, _SMALLEST_SHRINK[bits], _SHRINKS[bits])[1:].tolist():
             for zeros in self._shifted(self.zeros):
                 self.try_grid(self.widest * factor, zeros, range(len(self.best)))
 
     def refit(self, which: int) -> None:
+        """One step of alternating least squares from the best grid."""
         scales, zeros = self.best[which].scales, self.best[which].zeros
         for moved in self._shifted(zeros):
             steps = self._steps(scales, moved)
