@@ -60,14 +60,17 @@ def _gains(
 
 def _sliced(query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Tensor:
     options = {name: options[name] for name in ("scale", "enable_gqa") if name in options}
-    tokens = query.shape[-2]
+    batch, heads, tokens, _ = query.shape
     width = -(-tokens // _SLICES)
     hidden = torch.full((width, tokens), -torch.inf, dtype=query.dtype)
-    batch, heads = query.shape[:2]
     out = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)  # laid out as the kernel's own result
+    # Query heads that share a key head, one below the other, are one product: the same numbers, and in 16 bits faster.
+    shared = heads // key.shape[1] if options.get("enable_gqa") and query.element_size() == 2 else 1
+    queries, results = (x.unflatten(1, (heads // shared, shared)) for x in (query, out))
     for start in range(0, tokens, width):
         stop = min(start + width, tokens)
-        mask = hidden[: stop - start, :stop].triu(start + 1)
-        queries, keys, values = query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop]
-        out[:, :, start:stop] = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, **options)
+        mask = hidden[: stop - start, :stop].triu(start + 1).repeat(shared, 1)
+        rows = queries[:, :, :, start:stop].flatten(2, 3)
+        part = F.scaled_dot_product_attention(rows, key[:, :, :stop], value[:, :, :stop], attn_mask=mask, **options)
+        results[:, :, :, start:stop] = part.unflatten(2, (shared, stop - start))
     return out
