@@ -21,8 +21,8 @@ __all__ = ["PARAMETERS", "Block", "Code", "place"]
 
 PARAMETERS = 1 << 44
 """Where parameters seem to lie: 4 KiB each."""
-_WAITING = ("bra", "brx", "ret", "bar", "barrier")
-_NOTHING = {"fence", "setmaxnreg", "griddepcontrol", "membar"}
+_WAITING = ("bra", "brx", "ret", "bar", "barrier", "setmaxnreg")
+_NOTHING = {"fence", "griddepcontrol", "membar"}
 _NUMBERS = itertools.count()
 
 

@@ -138,6 +138,7 @@ class Cta:
         self.phases: dict[int, Phases] = {}
         self.named: dict[int, Named] = {}
         self.copies: list[Copy] = []
+        self.free_registers = 0  # given up by warps; those of the program's start are all taken
         self.warps = [Warp(self, number, place, grid) for number in range(count)]
 
     def run(self) -> None:
@@ -209,6 +210,8 @@ class Warp:
         self.R: list[Any] = [None] * len(cta.code.program.registers)
         self.groups: list[tuple[int, Array]] = [(0, np.ones(32, bool))]  # where, and which lanes are there
         self.waits: str | None = None
+        self.allotted = cta.code.program.allotted
+        self.wanted: int | None = None  # registers per thread that it waits for
         self.polls: tuple[int, int] | None = None
         self.actor = cta.first + number  # its place in vector clocks
         self.clock = np.zeros(cta.actors, np.int32)
@@ -228,6 +231,12 @@ class Warp:
         return not self.groups
 
     def can_run(self) -> bool:
+        """Whether what it waited for has come; takes it."""
+        if self.wanted is not None:
+            more = 32 * (self.wanted - self.allotted)
+            if more <= self.cta.free_registers:
+                self.cta.free_registers -= more
+                self.allotted, self.wanted, self.waits = self.wanted, None, None
         if self.polls is not None and self.cta.barrier(self.polls[0]).phase != self.polls[1]:
             self.polls = None
         return not self.done and self.waits is None and self.polls is None
@@ -291,6 +300,9 @@ class Warp:
 
     def _wait(self, last: Any, block: Block) -> None:
         kind = last.opcode[0]
+        if kind == "setmaxnreg":
+            self._resize(last)
+            return
         if kind in ("bar", "barrier"):
             number, *count = (operand.value for operand in last.operands)
             self.cta.meet(self, number, count[0] if count else None)
@@ -306,3 +318,16 @@ class Warp:
         self.R[target] = np.ones(32, bool)
         if phases.finished is not None:
             np.maximum(self.clock, phases.finished, out=self.clock)
+
+    def _resize(self, last: Any) -> None:
+        """``setmaxnreg``: give registers to the program's other warps, or wait until they have given enough."""
+        count, grows = last.operands[0].value, "inc" in last.opcode
+        if not self.allotted:
+            raise PtxError(f"{last.text!r} where no .maxnreg says how many registers there are")
+        if count != self.allotted and grows is not (count > self.allotted):
+            raise PtxError(f"{last.text!r} with {self.allotted} registers")
+        if grows:
+            self.wanted, self.waits = count, f"{count} registers per thread, it has {self.allotted}"
+        else:
+            self.cta.free_registers += 32 * (self.allotted - count)
+            self.allotted = count

@@ -94,6 +94,7 @@ class Program:
     name: str
     parameters: list[tuple[str, int]]
     threads: int
+    allotted: int = 0  # registers of a thread when it starts, where the program says
     registers: list[int] = field(default_factory=list)  # bits of each
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
@@ -118,7 +119,8 @@ def parse(text: str) -> Program:
     if threads is None:
         raise ValueError(f"{head[1]}: the number of threads is not given: {head[3].strip()!r}")
     parameters = [_parameter(line) for line in head[2].split(",") if line.strip()]
-    program = Program(head[1], parameters, int(threads[1]))
+    allotted = re.search(r"\.maxnreg\s+(\d+)", head[3])
+    program = Program(head[1], parameters, int(threads[1]), int(allotted[1]) if allotted else 0)
     _Body(program).read(_statements(text[head.end() :]))
     return program
 

@@ -286,6 +286,21 @@ def test_an_access_outside_of_the_tensors_is_seen(machine, tile):
     del machine.run
 
 
+@pytest.mark.parametrize("tile", [Tile("gluon", 16, 256, 1, 8, 2)], ids=["gluon, two warpgroups"])
+def test_registers_that_nobody_gives_up_are_a_deadlock(machine, tile):
+    """setmaxnreg of both consumers and the producer add up to what the program was given, and to no more."""
+    places = instructions(machine, "setmaxnreg")
+    counts = [machine.program.instructions[place].operands[0].value for place in places]
+    assert 24 in counts and machine.program.allotted == 168
+    for place, count in zip(places, counts, strict=True):
+        if count == 240:
+            one = machine.program.instructions[place]
+            machine.program.instructions[place] = Instruction(None, False, one.opcode, (Immediate(248),), one.text)
+    machine.code = Code(machine.program)
+    with pytest.raises(Deadlock, match="registers per thread"):
+        launch(tile)
+
+
 @pytest.mark.parametrize("tile", [TRITON, GLUON], ids=["triton", "gluon"])
 def test_a_barrier_that_not_all_come_to_is_a_deadlock(machine, tile):
     first = instructions(machine, "bar", "sync")[0]
