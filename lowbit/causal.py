@@ -60,7 +60,7 @@ def _gains(
 
 def _sliced(query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Tensor:
     options = {name: options[name] for name in ("scale", "enable_gqa") if name in options}
-    batch, heads, tokens, _ = query.shape
+    batch, heads, tokens = query.shape[:3]
     width = -(-tokens // _SLICES)
     hidden = torch.full((width, tokens), -torch.inf, dtype=query.dtype)
     out = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)  # laid out as the kernel's own result
