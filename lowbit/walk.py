@@ -135,9 +135,11 @@ def capture_block_inputs(model: nn.Module, blocks: Sequence[Block], batches: Seq
     both = is_encoder_decoder(model)
 
     def recorder(index: int) -> Callable[..., Any]:
+        """What stands for block ``index``'s forward during the pass."""
         block, original = blocks[index], originals[index]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            """Remember the arguments; return the hidden states as they came, in the form the block returns them in."""
             hidden, rest, caught.keyword = _split_hidden(args, kwargs, block.name)
             if len(caught.arguments[index]) != len(caught.hidden) - (index > 0):
                 raise ValueError(f"{block.name}: decoder blocks must run once each, in order, in one forward pass")
@@ -237,6 +239,7 @@ def linear_groups(block: Block, inputs: BlockInputs, index: int, device: torch.d
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def record(_: nn.Module, args: tuple[Any, ...]) -> None:
+            """Put the linear ``name`` with those that were handed the same tensor."""
             if name in seen:
                 raise ValueError(f"{block.name}.{name} runs more than once in one forward pass; leave it out by ignore")
             seen.add(name)
