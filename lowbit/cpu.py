@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import onednn
 from .packing import pack_codes, unpack_codes
 
 __all__ = ["CPU_INT4", "CPU_INT8", "DISK", "best_layout", "from_disk", "input_gradient", "linear", "to_disk"]
@@ -145,7 +146,7 @@ def _chunked_disk(
         w = dense[: b - a].copy_(codes[: b - a].view(torch.uint8)).view(b - a, planes, groups, -1)
         w.sub_(2 ** (bits - 1) if zero is None else zero[a:b, None, :, None])
         w.mul_(scales[a:b, None, :, None].float())
-        out[:, a:b] = F.linear(x, w.view(b - a, -1).to(x.dtype), None if bias is None else bias[a:b])
+        out[:, a:b] = onednn.linear(x, w.view(b - a, -1).to(x.dtype), None if bias is None else bias[a:b])
     return out
 
 
@@ -157,7 +158,7 @@ def _chunked_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None
     for a in range(0, n, rows):
         b = min(a + rows, n)
         w = dense[: b - a].copy_(weight[:, a:b].transpose(0, 1)).mul_(scales[a:b, :, None].float())
-        out[:, a:b] = F.linear(x, w.view(b - a, -1).to(x.dtype), None if bias is None else bias[a:b])
+        out[:, a:b] = onednn.linear(x, w.view(b - a, -1).to(x.dtype), None if bias is None else bias[a:b])
     return out
 
 

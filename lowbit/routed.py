@@ -29,9 +29,11 @@ class RoutedInputs:
       inputs weigh, or on the weight's alone where there is none.
     """
 
-    def __init__(self, block: nn.Module, device: torch.device, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, block: nn.Module, device: torch.device, ranks: Ranks = ALONE, products: torch.dtype = torch.float32
+    ) -> None:
         self._experts = {name: m for name, m in block.named_modules() if isinstance(m, Experts)}
-        self._device, self._ranks = device, ranks
+        self._device, self._ranks, self._products = device, ranks, products
         self._all: dict[str, Hessian] = {}
         self._complete: set[str] = set()
         self._hooks: list[RemovableHandle] = []
@@ -49,7 +51,7 @@ class RoutedInputs:
         def add(_: nn.Module, args: tuple[Any, ...]) -> None:
             if name not in self._complete:
                 x = args[0].reshape(-1, args[0].shape[-1])
-                self._all.setdefault(name, Hessian(x.shape[1], self._device, x.dtype)).add(x)
+                self._all.setdefault(name, Hessian(x.shape[1], self._device, self._products)).add(x)
 
         return add
 

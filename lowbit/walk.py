@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .blocks import Block, block_stacks, find_blocks, is_encoder_decoder, linears
-from .causal import CausalSlices
+from .cpu_forward import CpuForward
 
 __all__ = [
     "Block",
@@ -257,7 +257,7 @@ def linear_groups(block: Block, inputs: BlockInputs, index: int, device: torch.d
         for name, linear in linears(block.module).items():
             undo.callback(linear.register_forward_pre_hook(hook(name)).remove)
         undo.enter_context(reads)
-        undo.enter_context(CausalSlices(queries.append))
+        undo.enter_context(CpuForward(queries.append))
         call_block(block.module, inputs.hidden[0], inputs.arguments[index][0], inputs.keyword, device)
     given = (inputs.hidden[0], inputs.arguments[index][0])  # not the block's to empty: T5's encoder states, for one
     entered = {_storage(value) for value in tree_leaves(given) if isinstance(value, Tensor)}
@@ -343,7 +343,7 @@ class BlockRun:
             self._read[batch][QUERY] = weakref.ref(query)
 
         # Not around the whole run: it would sit in the way of the calibrators' small operations.
-        with CausalSlices(see):
+        with CpuForward(see):
             return run.switch()
 
     def _release(self, stage: int, batch: int, x: Tensor) -> None:

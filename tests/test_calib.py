@@ -41,24 +41,39 @@ def _hessian(x):
 
 
 @pytest.mark.parametrize("k", [1, 7, 64, 200, 1024, 1500])
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_hessian_is_the_mean_outer_product(k, dtype):
+def test_the_hessian_is_the_mean_outer_product(k, dtype, products):
     """Chunks and column stripes are an implementation matter. fp32 sums of 40 terms: 40 eps of the absolute sum.
 
-    bfloat16 on a CPU: half a unit in the last place of every chunk's sum on top.
+    bfloat16 products: half a unit in the last place of every chunk's sum on top, and of both factors if they had more.
     """
     x = torch.randn(40, k, generator=torch.Generator().manual_seed(0)).to(dtype)
-    moment, rounding = Hessian(k), torch.zeros(k, k, dtype=torch.float64)
+    moment, rounding = Hessian(k, products=products), torch.zeros(k, k, dtype=torch.float64)
     for chunk in x.split([13, 1, 26]):
         moment.add(chunk)
         rounding += 2**-8 * (chunk.double().t() @ chunk.double()).abs()
-    exact = x.double().t() @ x.double() / 40
-    bound = 40 * torch.finfo(torch.float32).eps * (x.double().abs().t() @ x.double().abs()) / 40
-    if dtype == torch.bfloat16:
-        bound += 1.01 * rounding / 40  # 1.01: the sum that is rounded is itself off by its fp32 error
+    exact, absolute = x.double().t() @ x.double() / 40, x.double().abs().t() @ x.double().abs() / 40
+    bound = 40 * torch.finfo(torch.float32).eps * absolute
+    if products == torch.bfloat16:
+        factors = 2 * 2**-8 if dtype == torch.float32 else 0.0
+        # 1.01: the sum that is rounded is itself off by what its factors and its fp32 terms lost
+        bound = 1.01 * (bound + rounding / 40 + factors * absolute)
     assert moment.tokens == 40
     assert bool(((moment.mean() - exact).abs() <= bound).all())
     assert torch.equal(moment.mean(), moment.mean().t())
+
+
+def test_products_in_bfloat16_are_far_more_exact_than_the_hessian_itself():
+    """In units of each feature's spread: what two halves of the same text differ by, and what the rounding changes."""
+    x = _inputs(4096)
+    exact, rounded = (Hessian(64, products=dtype) for dtype in (torch.float32, torch.bfloat16))
+    for chunk in x.split(512):
+        exact.add(chunk)
+        rounded.add(chunk)
+    spread = exact.mean().diagonal().sqrt()
+    lost, half = ((h - exact.mean()) / spread / spread.unsqueeze(1) for h in (rounded.mean(), _hessian(x[:2048])))
+    assert float(torch.linalg.matrix_norm(lost, 2)) < 0.01 < 0.1 * float(torch.linalg.matrix_norm(half, 2))
 
 
 def test_merged_hessians_count_all_tokens():
@@ -114,14 +129,15 @@ def test_the_corrected_target_is_the_least_squares_weight():
     assert error[2] <= error[1] < error[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bit_streams_give_nearly_the_float32_target(dtype):
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rounded_streams_or_products_give_nearly_the_float32_target(dtype, products):
     """A channel of 300 over 2,048 tokens sums beyond float16's 65,504. The streams themselves are rounded first."""
     x = (_inputs(2048) + torch.nn.functional.one_hot(torch.tensor(5), 64) * 300).to(dtype)
     y = (x.float() + 0.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))).to(dtype)
     targets = []
-    for a, b in ((x, y), (x.float(), y.float())):
-        moments = CrossMoment(64)
+    for a, b, factors in ((x, y, products), (x.float(), y.float(), torch.float32)):
+        moments = CrossMoment(64, products=factors)
         moments.add(a, b)
         targets.append(moments.target(_weight()))
     change = float((targets[1] - _weight()).norm())

@@ -25,6 +25,15 @@ def spied(monkeypatch, name):
     return calls
 
 
+@pytest.fixture(params=[False, True], ids=["float32 products", "bfloat16 products"])
+def exact_to(request, monkeypatch):
+    """How near a Hessian comes to the second moment, on a CPU without and with instructions for bfloat16."""
+    import lowbit.blockwise as blockwise
+
+    monkeypatch.setattr(blockwise, "has_bfloat16_products", lambda: request.param)
+    return 2**-8 if request.param else 1e-5
+
+
 @pytest.mark.parametrize("family", ["llama", "phi3", "opt"])
 def test_linears_that_read_one_input_share_one_factorization(monkeypatch, family):
     factorized = spied(monkeypatch, "factorize")
@@ -48,7 +57,7 @@ READ_BEFORE_ANYTHING_IS_QUANTIZED = {
 
 
 @pytest.mark.parametrize("family", READ_BEFORE_ANYTHING_IS_QUANTIZED)
-def test_every_hessian_is_of_the_inputs_in_the_quantized_model(monkeypatch, family):
+def test_every_hessian_is_of_the_inputs_in_the_quantized_model(monkeypatch, exact_to, family):
     """True-sequential, within a block and from block to block: each weight was fitted to what it will read."""
     solved = spied(monkeypatch, "gptq_quantize")
     model = tiny_model(family)
@@ -62,9 +71,11 @@ def test_every_hessian_is_of_the_inputs_in_the_quantized_model(monkeypatch, fami
             rows, hessians[layer.name] = rows + layer.shape[0], hessian
         assert rows == len(weight)
     assert hessians.keys() == final.keys()
-    assert all(distance(hessian, final[name]) < 1e-5 for name, hessian in hessians.items())
-    same = {name.rpartition(".")[2] for name, hessian in hessians.items() if distance(hessian, first[name]) < 1e-3}
+    assert all(distance(hessian, final[name]) < exact_to for name, hessian in hessians.items())
+    same = {name.rpartition(".")[2] for name in hessians if distance(final[name], first[name]) < 1e-3}
     assert same == READ_BEFORE_ANYTHING_IS_QUANTIZED[family]
+    changed = (name for name in hessians if name.rpartition(".")[2] not in same)
+    assert all(distance(hessians[name], first[name]) > exact_to for name in changed)
 
 
 def _second_moments(model):
@@ -85,16 +96,17 @@ def _second_moments(model):
     return found
 
 
-def test_the_reported_loss_is_the_error_of_the_outputs():
+def test_the_reported_loss_is_the_error_of_the_outputs(exact_to):
     """Recomputed in float64 from the first weights of the model, whose inputs are the original ones."""
-    report = quantized("llama", "rtn")[1]
+    model = tiny_model("llama")
+    report = quantize_(model, W4, "rtn", calibration=TOKENS)
     name = "model.layers.0.self_attn.q_proj"
     moment = _second_moments(tiny_model("llama"))[name]
     weight = original("llama").get_submodule(name).weight.detach().double()
-    error = packed(quantized("llama", "rtn")[0])[name].dequantize(torch.float64) - weight
+    error = packed(model)[name].dequantize(torch.float64) - weight
     expected = float((error @ moment * error).sum() / (weight @ moment * weight).sum())
     record = next(layer for layer in report.layers if layer.name == name)
-    assert record.loss == pytest.approx(expected, rel=1e-4)
+    assert record.loss == pytest.approx(expected, rel=10 * exact_to)
     assert record.loss == record.rtn_loss
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lowbit import walk
-from lowbit.causal import CausalSlices
+from lowbit.cpu_forward import CpuForward
 from lowbit.walk import (
     HIDDEN,
     QUERY,
@@ -122,7 +122,7 @@ def test_the_memory_of_what_is_read_no_more_is_given_back(monkeypatch):
         {QUERY, HIDDEN, *LLAMA[0], *LLAMA[1], *LLAMA[2]},
     ]
     queries = []
-    monkeypatch.setattr(walk, "CausalSlices", lambda see: CausalSlices(lambda q: (queries.append(q), see(q))))
+    monkeypatch.setattr(walk, "CpuForward", lambda see: CpuForward(lambda q: (queries.append(q), see(q))))
     stops = [group.names[0] for group in groups]
     caught = []
     hook = linears(blocks[0].module)[stops[0]].register_forward_pre_hook(lambda _, args: caught.append(args[0]))

@@ -10,24 +10,20 @@ from torch import Tensor
 
 __all__ = ["CrossMoment", "Hessian", "corrected_target", "output_loss"]
 
-# Columns of the symmetric product are computed in this many stripes, each from its diagonal on: 5/8 of the work.
-_STRIPES = 4
+# Columns of the symmetric product are computed in up to so many stripes, each from its diagonal on: 4 are 5/8 of the
+# work, 2 are 3/4. Narrower ones than this are slower.
+_STRIPES, _NARROWEST = 4, 192
 _CHUNK = 1 << 24  # weights whose loss is computed at a time
 _WIDEST_FLOAT64 = 8192  # columns: 512 MiB of sums
 
 
-def _sum_dtype(k: int, inputs: torch.dtype, device: torch.device | str) -> torch.dtype:
-    """Of the sums over chunks: wide enough for their order not to show, so ranks that share the chunks agree with one.
+def _sums(k: int, products: torch.dtype, device: torch.device | str) -> Tensor:
+    """Zeros ``(K, K)``, wide enough for the order of the additions not to show: ranks then agree with one process.
 
     A CPU's bfloat16 chunk sums have 8 bits and fit float32; those of 24 bits need float64.
     """
-    wide = k <= _WIDEST_FLOAT64 and not _is_rounded(inputs, device)
-    return torch.float64 if wide else torch.float32
-
-
-def _is_rounded(inputs: torch.dtype, device: torch.device | str) -> bool:
-    """Whether products of a chunk come out of the multiplication in bfloat16."""
-    return inputs == torch.bfloat16 and torch.device(device).type == "cpu"
+    wide = products == torch.float32 and k <= _WIDEST_FLOAT64
+    return torch.zeros(k, k, dtype=torch.float64 if wide else torch.float32, device=device)
 
 
 class Hessian:
@@ -36,19 +32,19 @@ class Hessian:
     Args:
         k: input features.
         device: where to accumulate.
-        dtype: of the inputs that are to come.
+        products: dtype to multiply in, float32 or, on a CPU, bfloat16.
     """
 
-    def __init__(self, k: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        self._sum = torch.zeros(k, k, dtype=_sum_dtype(k, dtype, device), device=device)
+    def __init__(self, k: int, device: torch.device | str = "cpu", products: torch.dtype = torch.float32) -> None:
+        self._sum, self._products = _sums(k, products, device), products
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
         """Add a chunk of inputs ``(tokens, K)``, any floating dtype.
 
-        Products are summed in float32 within a chunk, where those of 16-bit numbers are exact, except that a CPU, whose
-        bfloat16 product is twice as fast but has no float32 result, rounds the chunk's sums to bfloat16: 2**-8 of each
-        entry, as much as the inputs themselves were rounded, and averaged out over the chunks.
+        Products are summed in float32 within a chunk, where those of 16-bit numbers are exact. With products in
+        bfloat16 the inputs are rounded to it, which adds 2**-16 of the diagonal at most, and so is the chunk's sum, for
+        which torch has no float32 result on a CPU: at most 2**-8 of each entry, averaged out over the chunks.
 
         A NaN or infinity among the inputs shows in :meth:`mean`.
 
@@ -58,16 +54,15 @@ class Hessian:
         k = self._sum.shape[0]
         if x.ndim != 2 or x.shape[1] != k:
             raise ValueError(f"expected inputs (tokens, {k}), got {tuple(x.shape)}")
-        rounded = _is_rounded(x.dtype, self._sum.device)
-        x = x.to(self._sum.device, torch.bfloat16 if rounded else torch.float32)
-        width = max(64, -(-k // _STRIPES))
+        x = x.to(self._sum.device, self._products)
+        width = -(-k // min(_STRIPES, max(1, k // _NARROWEST)))
         for start in range(0, k, width):
             stop = min(start + width, k)
             left, right, rows = x[:, start:stop].t(), x[:, start:], self._sum[start:stop, start:]
-            if rounded or rows.dtype != torch.float32:
-                rows += left @ right
-            else:
+            if rows.dtype == self._products:
                 rows.addmm_(left, right)
+            else:
+                rows += left @ right
         self.tokens += x.shape[0]
 
     @property
@@ -112,9 +107,9 @@ class CrossMoment:
     the weight that undoes, as far as this linear can, what the earlier layers did (:func:`corrected_target`).
     """
 
-    def __init__(self, k: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        self._cross = torch.zeros(k, k, dtype=_sum_dtype(k, dtype, device), device=device)
-        self.hessian = Hessian(k, device, dtype)
+    def __init__(self, k: int, device: torch.device | str = "cpu", products: torch.dtype = torch.float32) -> None:
+        self._cross, self._products = _sums(k, products, device), products
+        self.hessian = Hessian(k, device, products)
 
     @property
     def tokens(self) -> int:
@@ -134,12 +129,13 @@ class CrossMoment:
         """Add the same tokens' inputs from both streams, each ``(tokens, K)``."""
         if original.shape != quantized.shape:
             raise ValueError(f"streams differ in shape: {tuple(original.shape)} and {tuple(quantized.shape)}")
-        # The drift enters as a correction only: for bfloat16 its own products are precise enough, and much faster.
-        # float16 has the precision but not the range.
-        if original.dtype != torch.bfloat16 or quantized.dtype != torch.bfloat16:
-            original, quantized = original.float(), quantized.float()
-        quantized = quantized.to(self._cross.device)
-        self._cross += (original.to(quantized.device) - quantized).t() @ quantized
+        # The drift enters as a correction only: bfloat16 is precise enough for its products, and much faster. float16
+        # has the precision but not the range. The difference is taken before it is rounded.
+        rounded = self._products == torch.bfloat16 or original.dtype == quantized.dtype == torch.bfloat16
+        factors, device = torch.bfloat16 if rounded else torch.float32, self._cross.device
+        wide = torch.promote_types(original.dtype, factors)
+        original, quantized = original.to(device, wide), quantized.to(device, wide)
+        self._cross += (original - quantized).to(factors).t() @ quantized.to(factors)
         self.hessian.add(quantized)
 
     def target(self, weight: Tensor) -> Tensor:

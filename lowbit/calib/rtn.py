@@ -59,7 +59,7 @@ class _Search:
 
     def _sum(self, x: Tensor, which: int) -> Tensor:
         importance = self.importances[which]
-        return (x if importance is None else x * importance).sum(-1)
+        return x.sum(-1) if importance is None else torch.linalg.vecdot(x, importance)
 
     def _steps(self, scales: Tensor, zeros: Tensor) -> Tensor:
         """``code - zero`` of every weight."""

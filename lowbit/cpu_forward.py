@@ -1,7 +1,8 @@
-"""Causal attention on a CPU without the part of the scores that the mask throws away."""
+"""A model's own operations on a CPU, in less time than torch's choice of kernel takes for them."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,18 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["CausalSlices"]
+from . import onednn
+
+__all__ = ["CpuForward"]
 
 _KEY_BLOCK = 512  # torch's CPU kernel skips masked keys in blocks of this many, so of fewer it computes all
 _FEWEST = 256  # tokens from which slices are faster
 _SLICES = 8
 
 
-class CausalSlices(TorchFunctionMode):
-    """While active, short causal attention on a CPU runs in slices of queries, each with the keys it can see.
+class CpuForward(TorchFunctionMode):
+    """While active, two operations on a CPU take another way to the same result, up to the order of float32 additions.
 
-    Of ``256 <= T <= 512`` keys torch's kernel computes all ``T^2`` scores; eight slices compute 9/16 of them. The
-    result is the kernel's up to the order of its float32 additions. Anything else is passed on as it is.
+    * Short causal attention runs in slices of queries, each with the keys it can see: of ``256 <= T <= 512`` keys
+      torch's kernel computes all ``T^2`` scores, eight slices compute 9/16 of them.
+    * float32 linears without gradients run in oneDNN where that is faster (:mod:`lowbit.onednn`).
+
+    Anything else is passed on as it is.
 
     Args:
         see_query: called with the queries of every attention.
@@ -41,6 +47,8 @@ class CausalSlices(TorchFunctionMode):
                 self._see_query(args[0] if args else kwargs["query"])
             if _gains(*args, **kwargs):
                 return _sliced(*args, **kwargs)
+        elif func is F.linear:
+            return onednn.linear(*args, **{"x" if name == "input" else name: kwargs[name] for name in kwargs})
         return func(*args, **kwargs)
 
 
@@ -62,15 +70,21 @@ def _sliced(query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) 
     options = {name: options[name] for name in ("scale", "enable_gqa") if name in options}
     batch, heads, tokens = query.shape[:3]
     width = -(-tokens // _SLICES)
-    hidden = torch.full((width, tokens), -torch.inf, dtype=query.dtype)
     out = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)  # laid out as the kernel's own result
-    # Query heads that share a key head, one below the other, are one product: the same numbers, and in 16 bits faster.
-    shared = heads // key.shape[1] if options.get("enable_gqa") and query.element_size() == 2 else 1
+    # Query heads that share a key head, one below the other, are one product: the same numbers in less time.
+    shared = heads // key.shape[1] if options.get("enable_gqa") else 1
     queries, results = (x.unflatten(1, (heads // shared, shared)) for x in (query, out))
     for start in range(0, tokens, width):
         stop = min(start + width, tokens)
-        mask = hidden[: stop - start, :stop].triu(start + 1).repeat(shared, 1)
+        mask = _mask(start, stop, shared, query.dtype)
         rows = queries[:, :, :, start:stop].flatten(2, 3)
         part = F.scaled_dot_product_attention(rows, key[:, :, :stop], value[:, :, :stop], attn_mask=mask, **options)
         results[:, :, :, start:stop] = part.unflatten(2, (shared, stop - start))
     return out
+
+
+@functools.lru_cache(maxsize=4 * _SLICES)
+def _mask(start: int, stop: int, shared: int, dtype: torch.dtype) -> Tensor:
+    """Of queries ``start`` to ``stop``, ``shared`` times, what each adds to the scores of the first ``stop`` keys."""
+    hidden = torch.full((stop - start, stop), -torch.inf, dtype=dtype)
+    return hidden.triu(start + 1).repeat(shared, 1)

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lowbit import causal
-from lowbit.causal import CausalSlices
+from lowbit import cpu_forward
+from lowbit.cpu_forward import CpuForward
 
 
 def _qkv(tokens, *, heads=6, kv_heads=2, keys=None, dtype=torch.float32):
@@ -28,8 +28,8 @@ def _exact(query, key, value, scale):
 @pytest.fixture
 def sliced(monkeypatch):
     calls = []
-    original = causal._sliced
-    monkeypatch.setattr(causal, "_sliced", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = cpu_forward._sliced
+    monkeypatch.setattr(cpu_forward, "_sliced", lambda *a, **k: calls.append(1) or original(*a, **k))
     return calls
 
 
@@ -40,7 +40,7 @@ def test_slices_equal_the_whole(sliced, tokens, scale, kv_heads):
     query, key, value = _qkv(tokens, kv_heads=kv_heads)
     options = {"scale": scale, "enable_gqa": kv_heads < 6, "is_causal": True}
     whole = F.scaled_dot_product_attention(query, key, value, **options)
-    with CausalSlices():
+    with CpuForward():
         result = F.scaled_dot_product_attention(query, key, value, **options)
     assert len(sliced) == 1
     assert result.shape == whole.shape and result.stride() == whole.stride()
@@ -53,7 +53,7 @@ def test_slices_equal_the_whole(sliced, tokens, scale, kv_heads):
 def test_in_16_bits_they_differ_from_the_exact_no_more_than_the_whole_does(sliced, dtype):
     query, key, value = _qkv(512, dtype=dtype)
     whole = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    with CausalSlices():
+    with CpuForward():
         result = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     exact = _exact(query, key, value, 32**-0.5)
     error, allowed = ((x.double() - exact).square().mean().sqrt() for x in (result, whole))
@@ -76,6 +76,6 @@ def test_what_is_left_alone(sliced, tokens, keys, options):
     torch.manual_seed(0)
     whole = F.scaled_dot_product_attention(query, key, value, **options)
     torch.manual_seed(0)
-    with CausalSlices():
+    with CpuForward():
         result = F.scaled_dot_product_attention(query, key, value, **options)
     assert sliced == [] and torch.equal(result, whole)

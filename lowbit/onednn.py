@@ -1,0 +1,60 @@
+"""What oneDNN does better on this CPU than the library torch would use: float32 linears, and products in bfloat16.
+
+torch multiplies float32 matrices with MKL, whose best code runs on Intel's processors only. oneDNN, which torch ships
+for bfloat16, generates code for the instructions that it finds. Measured on an AMD EPYC (Zen 4, AVX-512, 2 cores, torch
+2.13): 1.0 to 1.2 times MKL's speed for matrices of 384 x 384 to 1024 x 1024, 1.4 to 2.3 times for larger ones
+(eval/results/notes.md). On other processors nothing was measured, and nothing changes.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["has_bfloat16_products", "is_faster", "linear"]
+
+_FEWEST_PRODUCTS = 1 << 23  # from which oneDNN is faster
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` of ``x (..., K)``, ``weight (N, K)``, ``bias (N,)``, up to the order of float32 additions."""
+    if not is_faster(x, weight, bias):
+        return F.linear(x, weight, bias)
+    # The operator that torch.compile puts in the place of F.linear; no public function reaches it.
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
+
+
+def is_faster(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether :func:`linear` takes these to oneDNN: it has no gradients, and is very slow on transposed views."""
+    if not (x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"):
+        return False
+    if x.numel() * weight.shape[0] < _FEWEST_PRODUCTS or not (x.is_contiguous() and weight.is_contiguous()):
+        return False
+    if bias is not None and bias.dtype != torch.float32:
+        return False
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    return not learns and bool(torch.backends.mkldnn.enabled) and _here()
+
+
+@functools.cache
+def has_bfloat16_products() -> bool:
+    """Whether this CPU has instructions for sums of products of bfloat16 numbers, which oneDNN then uses."""
+    return bool(_cpu().get("avx512_bf16") or _cpu().get("amx_bf16"))
+
+
+@functools.cache
+def _here() -> bool:
+    """Whether this machine is of the kind that was measured: x86 with AVX-512, not Intel's, and a torch with both."""
+    ours = _cpu().get("architecture") == "x86_64" and _cpu().get("avx512_f") and "Intel" not in _cpu()["cpu_name"]
+    libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return bool(ours and libraries and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+
+
+def _cpu() -> dict[str, Any]:
+    """What torch knows of the CPU; nothing in versions of torch that do not tell."""
+    return getattr(torch.cpu, "get_capabilities", dict)()

@@ -1,0 +1,132 @@
+"""float32 linears through oneDNN are F.linear, wherever they are taken there, and the rest is F.linear itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowbit import blockwise, onednn
+from lowbit.cpu_forward import CpuForward
+
+needs_onednn = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
+    reason="this torch has no oneDNN",
+)
+
+
+def _linear(rows, k, n, *, bias=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((rows, k), (n, k), (n,))
+    x, weight, shift = (torch.randn(*shape, generator=generator) for shape in shapes)
+    return x, weight, shift if bias else None
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """As on a machine where oneDNN was found faster, whatever this one is and however little there is to do."""
+    monkeypatch.setattr(onednn, "_here", lambda: True)
+    monkeypatch.setattr(onednn, "_FEWEST_PRODUCTS", 1)
+
+
+@needs_onednn
+@pytest.mark.usefixtures("everywhere")
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 70), st.integers(1, 300), st.integers(1, 140), st.booleans(), st.integers(0, 9))
+def test_the_result_is_the_linears(rows, k, n, bias, seed):
+    """A float32 sum of K products and the bias in any order: K + 1 roundings of the sum of their sizes."""
+    x, weight, shift = _linear(rows, k, n, bias=bias, seed=seed)
+    assert onednn.is_faster(x, weight, shift)
+    out = onednn.linear(x.view(1, rows, k), weight, shift)
+    wide = [None if t is None else t.double() for t in (x, weight, shift)]
+    exact, size = F.linear(*wide), F.linear(*[None if t is None else t.abs() for t in wide])
+    assert out.shape == (1, rows, n) and out.dtype == torch.float32
+    assert bool(((out[0].double() - exact).abs() <= (k + 1) * torch.finfo(torch.float32).eps * size).all())
+
+
+@needs_onednn
+def test_large_linears_go_there_on_the_machines_that_were_measured(monkeypatch):
+    monkeypatch.setattr(onednn, "_here", lambda: True)
+    x, weight, _ = _linear(32, 512, 512)
+    assert onednn.is_faster(x, weight) and not onednn.is_faster(x[:31], weight)
+    monkeypatch.setattr(onednn, "_here", lambda: False)
+    assert not onednn.is_faster(x, weight)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "expected"),
+    [
+        ({"architecture": "x86_64", "avx512_f": True, "cpu_name": "AMD EPYC 9004"}, True),
+        ({"architecture": "x86_64", "avx512_f": True, "cpu_name": "Intel(R) Xeon(R) 6"}, False),
+        ({"architecture": "x86_64", "avx512_f": False, "cpu_name": "AMD EPYC 7003"}, False),
+        ({"architecture": "arm64", "cpu_name": "Neoverse V1"}, False),
+        ({}, False),
+    ],
+)
+@needs_onednn
+def test_which_machines_those_are(monkeypatch, cpu, expected):
+    monkeypatch.setattr(onednn, "_cpu", lambda: cpu)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert onednn._here.__wrapped__() is expected
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("what", ["bfloat16", "a transposed input", "a transposed weight", "gradients", "switched off"])
+def test_what_is_left_to_torch(monkeypatch, what):
+    x, weight, bias = _linear(8, 16, 16)
+    if what == "bfloat16":
+        x, weight, bias = (t.bfloat16() for t in (x, weight, bias))
+    elif what == "a transposed input":
+        x = torch.randn(16, 8).t()
+    elif what == "a transposed weight":
+        weight = weight.t()
+    elif what == "gradients":
+        weight.requires_grad_()
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", what != "switched off")
+    assert not onednn.is_faster(x, weight, bias)
+    out = onednn.linear(x, weight, bias)
+    assert torch.equal(out, F.linear(x, weight, bias)) and out.requires_grad == (what == "gradients")
+    if what == "gradients":
+        with torch.no_grad():
+            assert onednn.is_faster(x, weight, bias)
+
+
+@needs_onednn
+@pytest.mark.usefixtures("everywhere")
+def test_a_models_own_linears_go_there_while_blocks_are_run(monkeypatch):
+    seen = []
+    real = onednn.linear
+    monkeypatch.setattr(onednn, "linear", lambda *args, **kwargs: seen.append(len(args)) or real(*args, **kwargs))
+    x, weight, bias = _linear(8, 16, 16)
+    expected, module = F.linear(x, weight, bias), torch.nn.Linear(16, 16)
+    with torch.no_grad(), CpuForward():
+        for out in (F.linear(x, weight, bias), F.linear(input=x, weight=weight, bias=bias)):
+            torch.testing.assert_close(out, expected)
+        module(x)
+    assert seen == [3, 0, 3]
+
+
+def test_what_inputs_of_a_hessian_are_multiplied_in(monkeypatch):
+    """bfloat16 where a CPU has instructions for it, and always where the inputs are no more than that."""
+    for here in (False, True):
+        monkeypatch.setattr(blockwise, "has_bfloat16_products", lambda here=here: here)
+        assert blockwise.product_dtype(torch.bfloat16, torch.device("cpu")) == torch.bfloat16
+        for dtype in (torch.float32, torch.float16):
+            assert blockwise.product_dtype(dtype, torch.device("cpu")) == (torch.bfloat16 if here else torch.float32)
+            assert blockwise.product_dtype(dtype, torch.device("cuda")) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("cpu", "expected"),
+    [
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True}, True),
+        ({"avx512_f": True, "amx_bf16": False}, False),
+        ({}, False),
+    ],
+)
+def test_which_cpus_have_products_in_bfloat16(monkeypatch, cpu, expected):
+    monkeypatch.setattr(onednn, "_cpu", lambda: cpu)
+    assert onednn.has_bfloat16_products.__wrapped__() is expected
