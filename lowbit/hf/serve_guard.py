@@ -97,7 +97,7 @@ class _Exchange:
         self.body: bytes | None = body
         self.from_client, self.to_client = receive, send
         self.gone = asyncio.Event()
-        self.complete = self.streaming = self.broken = False
+        self.started = self.refused = self.complete = self.streaming = self.broken = False
 
     async def run(self) -> None:
         """Answer the request; returns when the answer is sent, or the client is gone and its generation cancelled."""
@@ -114,6 +114,9 @@ class _Exchange:
             # The client is gone, or the server ends and its patience is over: then uvicorn closes the connection.
             answer.cancel()
             with suppress(asyncio.CancelledError):  # asyncio's own end cancels every task once more
+                if not (self.started or self.gone.is_set()):
+                    self.started = self.refused = True
+                    await _refuse(self.to_client, 503, "the server is shutting down")
                 await asyncio.wait({answer})
         finally:
             watch.cancel()
@@ -133,7 +136,10 @@ class _Exchange:
         return {"type": "http.disconnect"}
 
     async def _send(self, message: Message) -> None:
+        if self.refused:
+            return
         if message["type"] == "http.response.start":
+            self.started = True
             kinds = [value for name, value in message["headers"] if name.lower() == b"content-type"]
             self.streaming = any(kind.startswith(b"text/event-stream") for kind in kinds)
         elif message["type"] == "http.response.body":

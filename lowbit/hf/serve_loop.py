@@ -12,16 +12,17 @@ from typing import Any
 
 import uvicorn
 
+from .serve_guard import App, Message, Receive, Send
+
 __all__ = ["run"]
 
 
 class Server(uvicorn.Server):
     """uvicorn's server, which would end the process with the signal; here that is the caller's business."""
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None], stopped_by: list[int]) -> None:
         super().__init__(config)
-        self.ready = ready
-        self.stopped_by: list[int] = []
+        self.ready, self.stopped_by = ready, stopped_by
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so."""
@@ -51,6 +52,24 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+def closing(app: App, ending: Callable[[], Any]) -> App:
+    """``app``, whose answers close their connection once ``ending()`` is true.
+
+    uvicorn closes the connections it knows of when it stops. One that is being accepted at that moment it would keep,
+    and answer on it, request after request, until the grace is over.
+    """
+
+    async def closing_app(scope: Message, receive: Receive, send: Send) -> None:
+        async def closing_send(message: Message) -> None:
+            if message["type"] == "http.response.start" and ending():
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+            await send(message)
+
+        await app(scope, receive, closing_send)
+
+    return closing_app
+
+
 def run(app: Any, listener: socket.socket, grace: int, log_level: str, ready: Callable[[], None]) -> int:
     """Answer requests until a signal.
 
@@ -67,17 +86,18 @@ def run(app: Any, listener: socket.socket, grace: int, log_level: str, ready: Ca
     Raises:
         OSError: another process listens on the address by now.
     """
+    stopped_by: list[int] = []
     config = uvicorn.Config(
-        app,
+        closing(app, lambda: stopped_by),
         log_level=log_level,
         access_log=log_level in ("debug", "info"),
         timeout_graceful_shutdown=grace,
         lifespan="on",
     )
-    server = Server(config, ready)
+    server = Server(config, ready, stopped_by)
     try:
         listener.listen(config.backlog)
     except OSError as error:
         raise OSError(f"cannot listen on {listener.getsockname()[:2]}: {error.strerror}") from error
     server.run(sockets=[listener])
-    return server.stopped_by[0] if server.stopped_by else 0
+    return stopped_by[0] if stopped_by else 0
