@@ -7,6 +7,15 @@ import pytest
 import torch
 import torch.utils._device
 
+try:
+    import hypothesis
+except ImportError:  # the machine with the GPU need not have it
+    pass
+else:  # how long an example takes is the machine's business
+    quiet = [hypothesis.HealthCheck.too_slow]
+    hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=quiet)
+    hypothesis.settings.load_profile("untimed")
+
 # torch lists what "with torch.device(...)" reaches once, at its first use, by identity: that has to be before the wraps
 torch.utils._device._device_constructors()
 

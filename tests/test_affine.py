@@ -35,7 +35,7 @@ def test_a_weight_on_the_grid_comes_back_exactly(spec):
 
 
 @by_spec
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32), size=st.sampled_from([1e-6, 1.0, 1e6]), shift=st.sampled_from([-3.0, 0.0, 5.0]))
 def test_quantizing_takes_the_nearest_code(spec, seed, size, shift):
     generator = torch.Generator().manual_seed(seed)

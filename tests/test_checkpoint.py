@@ -232,7 +232,7 @@ def damaged_copy(pristine: Path, name: str, data: bytes) -> Path:
     return folder
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_no_flipped_byte_goes_unnoticed_where_there_are_hashes(pristine: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from([name for name in names_in(pristine) if name != "lowbit.json"]))
@@ -242,7 +242,7 @@ def test_no_flipped_byte_goes_unnoticed_where_there_are_hashes(pristine: Path, d
         read_checkpoint(damaged_copy(pristine, name, bytes(content)))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_a_damaged_folder_without_hashes_is_read_or_refused_but_never_crashes(
     pristine: Path, data: st.DataObject
@@ -273,7 +273,7 @@ def paths_of(value: object, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [at, *(path for key, child in children for path in paths_of(child, (*at, key)))]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(data=st.data(), junk=JSON)
 def test_a_mutated_configuration_is_refused_or_means_the_same(pristine: Path, data: st.DataObject, junk: Any) -> None:
     original = read_checkpoint(pristine)

@@ -154,7 +154,7 @@ def write_source(folder: Path, stored: Mapping[str, StoredWeight]) -> Path:
         return writer.finish({"model": "tiny"})
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(stored=models())
 def test_every_pair_of_formats_keeps_codes_scales_and_zeros(stored: dict[str, StoredWeight]) -> None:
     if any(s.order is not None for s in stored.values()) and not can_hold("gptq-v2", stored):

@@ -230,7 +230,7 @@ def same(a: StoredWeight, b: StoredWeight) -> bool:
     return left.spec == right.spec and all(equal(x, y) for x, y in pairs)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     bits=st.sampled_from([2, 4, 8]),
     group=st.sampled_from([32, 64, -1]),
@@ -268,7 +268,7 @@ def test_gptq_by_its_definition(
     assert same(read_weight(form, layer, form.check(layer)), stored)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     group=st.sampled_from([32, 64, -1]), words=st.integers(1, 4), groups=st.integers(1, 3), seed=st.integers(0, 2**31)
 )
@@ -343,9 +343,6 @@ def test_gptq_dynamic_rules_apply_in_order_and_from_the_start_of_a_name() -> Non
 
 
 # --- act-order ------------------------------------------------------------------------------------------------------
-
-
-@settings(deadline=None)
 @given(groups=st.integers(1, 6), size=st.integers(1, 9), seed=st.integers(0, 2**31))
 def test_the_order_sorts_columns_by_group_and_keeps_their_own(groups: int, size: int, seed: int) -> None:
     g_idx = (torch.arange(groups * size) // size)[torch.randperm(groups * size, generator=torch.manual_seed(seed))]

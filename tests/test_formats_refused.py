@@ -272,7 +272,7 @@ def paths_in(value: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     return [prefix, *inner]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_any_value_anywhere_in_a_configuration(data: st.DataObject) -> None:
     folder = FIXTURES / data.draw(st.sampled_from(SOURCES))
@@ -286,7 +286,7 @@ def test_any_value_anywhere_in_a_configuration(data: st.DataObject) -> None:
         parse_section(section)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_any_tensor_in_the_place_of_another(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(SOURCES))

@@ -278,7 +278,7 @@ ENTRY = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     header=st.binary(max_size=30) | st.dictionaries(st.sampled_from(["a.qweight", "b"]), ENTRY, max_size=3),
     data=st.binary(max_size=70),

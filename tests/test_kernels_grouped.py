@@ -119,7 +119,7 @@ else:
         )
         assert torch.equal(multiply(case, x, ends_of(counts), args, FEW), first)
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(counts=st.lists(st.integers(0, 20), min_size=1, max_size=9), nobody=st.integers(0, 12))
     def test_any_split_of_the_rows(counts, nobody):
         case = Case(0, 16, 64, 8, -1)
@@ -132,7 +132,7 @@ else:
         assert_close(out[:routed], expected[:routed], **tolerance(torch.float16, k=case.k))
         assert not out[routed:].any()
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     @given(
         counts=st.lists(st.integers(0, 300), min_size=1, max_size=40),
         nobody=st.integers(0, 300),

@@ -94,7 +94,7 @@ else:
         assert torch.equal(out, grouped_int8_matmul(*args, out_dtype=torch.float32))
         assert_close(out, grouped_int8_reference(*args), **tolerance(torch.float32, k=4))
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(
         experts=st.lists(st.tuples(st.integers(0, 20), st.booleans()), min_size=1, max_size=9),
         nobody=st.integers(0, 12),

@@ -69,7 +69,7 @@ def test_a_lane_of_the_tensor_core_reads_its_columns_from_sixteen_bytes(bits):
         assert {where(0, k, bits)[3] for k in own} == set(range(4 * t, 4 * t + 4))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     n=st.integers(1, 70),
     k=st.integers(1, 300),

@@ -22,7 +22,7 @@ W4 = QuantSpec(4, 32, True)
 W8A = QuantSpec(8, -1, False)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     bits=st.sampled_from([2, 4, 8]),
     group=st.sampled_from([32, 64, -1]),

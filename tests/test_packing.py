@@ -40,7 +40,7 @@ def test_every_byte_survives(bits):
 
 @by_dim
 @by_bits
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=sizes, columns=sizes, seed=st.integers(0, 2**32))
 def test_round_trip(bits, dim, rows, columns, seed):
     codes = random_codes(rows, columns, bits, seed)
@@ -56,7 +56,7 @@ def test_round_trip(bits, dim, rows, columns, seed):
 
 @by_dim
 @by_bits
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=sizes, columns=sizes, seed=st.integers(0, 2**32))
 def test_agrees_with_compressed_tensors(bits, dim, rows, columns, seed):
     """Weights are packed along their columns, zero points along dimension 0; theirs are signed, ours count from 0."""
