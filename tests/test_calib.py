@@ -109,11 +109,12 @@ def test_output_loss_is_the_squared_output_error():
     torch.testing.assert_close(output_loss(q, w, x.t() @ x / len(x)), expected)
 
 
-def test_the_corrected_target_is_the_least_squares_weight():
-    """T y ~ W x over the tokens; without damping it is the normal equation's solution."""
+@pytest.mark.parametrize("rows", [24, 100])
+def test_the_corrected_target_is_the_least_squares_weight(rows):
+    """T y ~ W x over the tokens, with fewer rows than columns or more; undamped it solves the normal equation."""
     x = _inputs()
     y = x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
-    w = _weight()
+    w = _weight(rows)
     moments = CrossMoment(64)
     for a, b in zip(x.split(100), y.split(100), strict=True):
         moments.add(a, b)
@@ -198,7 +199,7 @@ def test_degenerate_groups_survive(spec):
     torch.testing.assert_close(dequantize(qw)[[1, 3]], weight[[1, 3]], rtol=1e-5 if not spec.symmetric else 0.5, atol=0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_rounding_is_deterministic_and_in_range(data):
     spec = data.draw(st.sampled_from(SPECS))
@@ -351,28 +352,6 @@ def test_singular_hessians_are_damped_not_refused(kind):
     result = gptq_quantize(_weight(), _hessian(x), QuantSpec(4, 32, False))
     assert bool((result.loss <= result.rtn_loss).all())
     assert bool(torch.isfinite(result.weight.scales.float()).all())
-
-
-def _indefinite(strength):
-    hessian = torch.eye(64) * 2
-    hessian[0, 1] = hessian[1, 0] = 2 * (1 + strength)
-    return hessian
-
-
-@pytest.mark.parametrize(("strength", "held"), [(0.005, 0.01), (0.02, 0.03), (0.09, 0.1), (0.2, 0.3), (0.9, 1.0)])
-def test_the_ladder_is_climbed_until_the_factorization_holds(strength, held):
-    factor = factorize(_indefinite(strength))
-    assert factor.damp_frac == held
-    assert len(factor.notes) == DAMP_LADDER.index(held)
-    torch.testing.assert_close(factor.hessian.diagonal().mean(), torch.tensor(2 * (1 + held)))
-
-
-def test_at_the_ladders_end_is_the_diagonal_and_the_report_says_so():
-    factor = factorize(_indefinite(3.0))
-    assert factor.damp_frac is None
-    assert len(factor.notes) == len(DAMP_LADDER) + 1
-    assert "diagonal" in factor.notes[-1]
-    assert torch.equal(factor.hessian, torch.diag(factor.hessian.diagonal()))
 
 
 def test_round_to_nearest_is_kept_where_it_is_better_and_the_report_says_so():

@@ -33,6 +33,7 @@ DAMP_LADDER = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 _BLOCK = 128
 _DESCENT_BLOCK = 64
+_SUBSTITUTED = 256  # rows up to which a triangular matrix is inverted by substitution
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,33 @@ def _rtn_note(rtn_rows: Tensor) -> tuple[str, ...]:
     return (f"{count} of {len(rtn_rows)} rows kept round to nearest, whose loss was lower",) if count else ()
 
 
-def _inverse_upper(hessian: Tensor) -> Tensor | None:
-    lower, failed = torch.linalg.cholesky_ex(hessian)
+def _inverse_upper(hessian: Tensor, order: Tensor) -> Tensor | None:
+    """U of ``H^-1 = U^T U``, H with rows and columns in ``order``; None when it is not positive definite.
+
+    With rows and columns in the opposite order ``H = L L^T``, so U is ``L^-1`` with its own put back: one
+    factorization, and none of H^-1, in which H's rounding has grown with its condition number.
+    """
+    order = order.flip(0)
+    lower, failed = torch.linalg.cholesky_ex(hessian[order][:, order])
     if int(failed):
         return None
-    inverse = torch.cholesky_inverse(lower)
-    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-    return None if int(failed) or not bool(torch.isfinite(upper).all()) else upper
+    _invert_lower(lower)
+    upper = lower.flip(0, 1)
+    return upper if bool(torch.isfinite(upper).all()) else None
+
+
+def _invert_lower(lower: Tensor) -> None:
+    """Invert a lower triangular matrix in place, by halves: as matrix products, which are faster than substitution."""
+    k = len(lower)
+    if k <= _SUBSTITUTED:
+        identity = torch.eye(k, dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
+    half = k // 2
+    first, last, below = lower[:half, :half], lower[half:, half:], lower[half:, :half]
+    _invert_lower(first)
+    _invert_lower(last)
+    torch.mm(last, below @ first, out=below).neg_()
 
 
 def factorize(hessian: Tensor, *, damp_fracs: tuple[float, ...] = DAMP_LADDER, act_order: bool = True) -> Factor:
@@ -142,7 +163,7 @@ def factorize(hessian: Tensor, *, damp_fracs: tuple[float, ...] = DAMP_LADDER, a
     for frac in damp_fracs:
         diagonal += (frac - damped) * mean
         damped = frac
-        upper = _inverse_upper(hessian[order][:, order])
+        upper = _inverse_upper(hessian, order)
         if upper is not None:
             return Factor(hessian, upper, order, frac, tuple(notes))
         notes.append(f"the Hessian is not positive definite with damp_frac {frac}")
@@ -159,15 +180,27 @@ class _Grid:
         self.group_size = k // scales.shape[1]
         self.scale = scales.float()
         self.zero = torch.full_like(self.scale, spec.mid_code) if zeros is None else zeros.float()
+        self._scale_rows, self._zero_rows = self.scale.t().contiguous(), self.zero.t().contiguous()
 
-    def columns(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero of the columns ``index``, transposed: each ``(len(index), N)``."""
+    def columns(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale, smallest and largest step of the columns ``index``, transposed: each ``(len(index), N)``."""
         group = index // self.group_size
-        return self.scale.t()[group], self.zero.t()[group]
+        low = -self._zero_rows[group]
+        return self._scale_rows[group], low, low + self.spec.max_code
 
     def steps(self, codes: Tensor) -> Tensor:
         """``code - zero`` as ``(N, G, group_size)`` float32."""
         return codes.float().reshape(*self.scale.shape, -1) - self.zero.unsqueeze(-1)
+
+    def step_rows(self, codes: Tensor) -> Tensor:
+        """:meth:`steps`, transposed: ``(K, N)``."""
+        columns = codes.t().reshape(-1, self.group_size, len(codes))
+        return (columns - self._zero_rows.unsqueeze(1)).flatten(0, 1)
+
+    def codes(self, step_rows: Tensor) -> Tensor:
+        """The ``(N, K)`` uint8 codes of which :meth:`step_rows` are these."""
+        columns = step_rows.view(-1, self.group_size, step_rows.shape[1]) + self._zero_rows.unsqueeze(1)
+        return columns.flatten(0, 1).to(torch.uint8).t().contiguous()
 
 
 def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -177,47 +210,49 @@ def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def _round_columns(W: Tensor, grid: _Grid, factor: Factor) -> Tensor:
     """Algorithm 1 of the paper with lazy block updates; returns codes ``(N, K)`` uint8 in original column order."""
-    U, order, max_code = factor.upper, factor.order, grid.spec.max_code
+    order, diagonal = factor.order, factor.upper.diagonal().unsqueeze(1)
     W = W.t()[order].contiguous()  # (K, N): a column of the weight is a contiguous row here
-    codes = torch.empty_like(W, dtype=torch.uint8)
+    steps = torch.empty_like(W)
     for start in range(0, W.shape[0], _BLOCK):
         block = slice(start, min(start + _BLOCK, W.shape[0]))
-        scale, zero = grid.columns(order[block])
-        w, u = W[block], U[block, block]
-        E, chosen, diagonal = torch.empty_like(w), torch.empty_like(w), u.diagonal().tolist()
-        # One step is a dozen operations on a row of N numbers: what indexing costs matters.
-        for i, (wi, si, zi, ei, code) in enumerate(_rows(w, scale, zero, E, chosen)):
-            torch.addcdiv(zi, wi, si, out=code).round_().clamp_(0, max_code)
-            torch.sub(code, zi, out=ei).mul_(si)
-            torch.sub(wi, ei, out=ei).div_(diagonal[i])
+        scale, low, high = grid.columns(order[block])
+        U = factor.upper[block] / diagonal[block]  # so that E need not be divided column by column
+        w, u = W[block], U[:, block]
+        E, chosen = torch.empty_like(w), torch.empty_like(w)
+        # One column is five operations on a row of N numbers: what indexing costs matters.
+        for i, (wi, si, lowest, highest, ei, step) in enumerate(_rows(w, scale, low, high, E, chosen)):
+            torch.div(wi, si, out=step).round_()
+            torch.clamp(step, lowest, highest, out=step)
+            torch.addcmul(wi, step, si, value=-1, out=ei)
             w[i + 1 :].addr_(u[i, i + 1 :], ei, alpha=-1)
-        codes[block] = chosen.to(torch.uint8)
-        W[block.stop :].addmm_(U[block, block.stop :].t(), E, alpha=-1)
-    unordered = torch.empty_like(codes)
-    unordered[order] = codes
-    return unordered.t().contiguous()
+        steps[order[block]] = chosen
+        W[block.stop :].addmm_(U[:, block.stop :].t(), E, alpha=-1)
+    return grid.codes(steps)
 
 
 def _descend(codes: Tensor, W: Tensor, grid: _Grid, factor: Factor, sweeps: int) -> Tensor:
     """Coordinate descent: each code in turn becomes the best one given all others. Never raises the damped loss."""
-    H, order, max_code = factor.hessian, factor.order, grid.spec.max_code
-    Q = (grid.steps(codes) * grid.scale.unsqueeze(-1)).reshape(W.shape)
-    gradient = ((Q - W) @ H).t().contiguous()  # (K, N), half the gradient of the loss
-    codes, Q = codes.t().contiguous(), Q.t().contiguous()
+    H, order, steps = factor.hessian, factor.order, grid.step_rows(codes)
+    error = (grid.steps(codes) * grid.scale.unsqueeze(-1)).flatten(1) - W
+    gradient = H @ error.t()  # (K, N), half the gradient of the loss
     for _ in range(sweeps):
         for index in order.split(_DESCENT_BLOCK):
-            scale, zero = grid.columns(index)
-            h, g, q = H[index][:, index], gradient[index], Q[index]
-            steps, chosen, diagonal = torch.empty_like(q), torch.empty_like(q), h.diagonal().tolist()
-            for i, (gi, qi, si, zi, step, code) in enumerate(_rows(g, q, scale, zero, steps, chosen)):
-                torch.add(qi, gi, alpha=-1 / diagonal[i], out=step)  # where the loss of this code alone is least
-                torch.addcdiv(zi, step, si, out=code).round_().clamp_(0, max_code)
-                torch.sub(code, zi, out=step).mul_(si).sub_(qi)
-                g[i + 1 :].addr_(h[i, i + 1 :], step)
-            codes[index] = chosen.to(torch.uint8)
-            Q[index] = q.add_(steps)
-            gradient.addmm_(H[:, index], steps)
-    return codes.t().contiguous()
+            scale, low, high = grid.columns(index)
+            rows_of_H, old = H[index], steps[index]
+            h = rows_of_H[:, index]
+            curvature = h.diagonal()
+            # Divided by its own curvature, the gradient of a code alone is its distance from where the loss is least.
+            g, h = gradient[index] / curvature.unsqueeze(1), h / curvature
+            negated, new, moves = -old * scale, torch.empty_like(old), torch.empty_like(old)
+            rows = _rows(g, old, negated, scale, low, high, new, moves)
+            for i, (gi, before, minus_q, si, lowest, highest, step, move) in enumerate(rows):
+                torch.addcdiv(before, gi, si, value=-1, out=step).round_()
+                torch.clamp(step, lowest, highest, out=step)
+                torch.addcmul(minus_q, step, si, out=move)
+                g[i + 1 :].addr_(h[i, i + 1 :], move)
+            steps[index] = new
+            gradient.addmm_(rows_of_H.t(), moves)  # H is symmetric
+    return grid.codes(steps)
 
 
 def _refit_scales(codes: Tensor, W: Tensor, grid: _Grid, factor: Factor) -> _Grid:

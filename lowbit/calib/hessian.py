@@ -95,9 +95,11 @@ class Hessian:
 def output_loss(candidate: Tensor, weight: Tensor, hessian: Tensor) -> Tensor:
     """``E |Q x - W x|^2`` per output row: shapes ``(N, K)``, ``(N, K)``, ``(K, K)`` -> ``(N,)``."""
     rows = max(1, _CHUNK // weight.shape[1])  # bounds the memory of wide layers
-    return torch.cat(
-        [((q - w) @ hessian).mul_(q - w).sum(1) for q, w in zip(candidate.split(rows), weight.split(rows), strict=True)]
-    )
+    losses = []
+    for q, w in zip(candidate.split(rows), weight.split(rows), strict=True):
+        error = q - w
+        losses.append((error @ hessian).mul_(error).sum(1))
+    return torch.cat(losses)
 
 
 class CrossMoment:
@@ -171,4 +173,6 @@ def corrected_target(weight: Tensor, cross: Tensor, hessian: Tensor, *, damp_fra
     weight = weight.float()
     if int(failed):
         return weight
-    return weight + torch.cholesky_solve((weight @ cross).t(), lower).t()
+    if weight.shape[0] <= weight.shape[1]:
+        return weight + torch.cholesky_solve((weight @ cross).t(), lower).t()
+    return weight + weight @ torch.cholesky_solve(cross.t(), lower).t()  # K systems instead of N

@@ -8,7 +8,7 @@ alternating least squares, which for fixed codes c gives the best scale in close
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,12 +34,13 @@ class _BestGrid:
     scales: Tensor
     zeros: Tensor
 
-    def offer(self, error: Tensor, scales: Tensor, zeros: Tensor) -> None:
-        """Take a grid in every group where its error is smaller."""
-        better = error < self.error
+    def offer(self, errors: Tensor, scales: Tensor, zeros: Tensor) -> None:
+        """Take the best of several grids, each ``(candidates, n, G)``, in every group where its error is smaller."""
+        error, index = errors.min(0)
+        better, index = error < self.error, index.unsqueeze(0)
         self.error = torch.where(better, error, self.error)
-        self.scales = torch.where(better, scales, self.scales)
-        self.zeros = torch.where(better, zeros, self.zeros)
+        self.scales = torch.where(better, scales.gather(0, index)[0], self.scales)
+        self.zeros = torch.where(better, zeros.gather(0, index)[0], self.zeros)
 
 
 class _Search:
@@ -51,48 +52,70 @@ class _Search:
         self.groups = groups  # (n, G, group_size) float32
         self.importances = importances  # each (1, G, group_size) or None
         self.spec, self.dtype = spec, dtype
+        # A thousand operations write to these four: fresh memory would cost more than what is computed.
+        self._scaled, self._nearest, self._work, self._product = (torch.empty_like(groups) for _ in range(4))
         scales, zeros = minmax_grid(groups.flatten(1), spec)
         self.widest = scales
         self.zeros = torch.full_like(scales, spec.mid_code) if zeros is None else zeros.float()
         self.best = [_BestGrid(torch.full_like(scales, torch.inf), scales, self.zeros) for _ in importances]
-        self.try_grid(scales, self.zeros, range(len(importances)))
+        self.try_grids([(scales, [self.zeros])], range(len(importances)))
 
     def _sum(self, x: Tensor, which: int) -> Tensor:
         importance = self.importances[which]
-        return x.sum(-1) if importance is None else torch.linalg.vecdot(x, importance)
+        return (x if importance is None else torch.mul(x, importance, out=self._product)).sum(-1)
 
-    def _steps(self, scales: Tensor, zeros: Tensor) -> Tensor:
+    def _scale(self, scales: Tensor) -> None:
+        """The weights in units of ``scales``, and the whole numbers nearest to them, which serve all zeros."""
+        torch.div(self.groups, scales.unsqueeze(-1), out=self._scaled)
+        torch.round(self._scaled, out=self._nearest)
+
+    def _steps(self, zeros: Tensor) -> Tensor:
         """``code - zero`` of every weight."""
-        zeros = zeros.unsqueeze(-1)
-        codes = (self.groups / scales.unsqueeze(-1)).add_(zeros).round_().clamp_(0, self.spec.max_code)
-        return codes.sub_(zeros)
+        low = -zeros.unsqueeze(-1)
+        torch.maximum(self._nearest, low, out=self._work)
+        return torch.minimum(self._work, low + self.spec.max_code, out=self._work)
 
-    def try_grid(self, scales: Tensor, zeros: Tensor, which: Sequence[int]) -> None:
-        """Offer a grid, its scales rounded to storage, to the best of the importances ``which``."""
-        scales = round_scales(scales, self.dtype).float()
-        error = self._steps(scales, zeros).mul_(scales.unsqueeze(-1)).sub_(self.groups).square_()
-        for one in which:
-            self.best[one].offer(self._sum(error, one), scales, zeros)
+    def try_grids(self, candidates: Iterable[tuple[Tensor, Sequence[Tensor]]], which: Sequence[int]) -> None:
+        """Offer grids, each scales with one or more zeros, to the best of the importances ``which``.
 
-    def _shifted(self, zeros: Tensor) -> Iterator[Tensor]:
-        for shift in (0,) if self.spec.symmetric else (0, -1, 1):
-            yield (zeros + shift).clamp(0, self.spec.max_code)
+        Scales are rounded to storage first; errors are in units of them until they are summed.
+        """
+        tried: list[tuple[Tensor, Tensor]] = []
+        sums: list[list[Tensor]] = [[] for _ in which]
+        for scales, shifted in candidates:
+            scales = round_scales(scales, self.dtype).float()
+            self._scale(scales)
+            for zeros in shifted:
+                error = self._steps(zeros).sub_(self._scaled).square_()
+                for one, found in zip(which, sums, strict=True):
+                    found.append(self._sum(error, one))
+                tried.append((scales, zeros))
+        all_scales, all_zeros = (torch.stack(parts) for parts in zip(*tried, strict=True))
+        for one, found in zip(which, sums, strict=True):
+            self.best[one].offer(torch.stack(found).mul_(all_scales.square()), all_scales, all_zeros)
+
+    def _shifted(self, zeros: Tensor) -> list[Tensor]:
+        shifts = (0,) if self.spec.symmetric else (0, -1, 1)
+        return [(zeros + shift).clamp_(0, self.spec.max_code) for shift in shifts]
 
     def shrink(self) -> None:
         """Try ranges from the widest down."""
         bits = self.spec.bits
-        for factor in torch.linspace(1.0, _SMALLEST_SHRINK[bits], _SHRINKS[bits])[1:].tolist():
-            for zeros in self._shifted(self.zeros):
-                self.try_grid(self.widest * factor, zeros, range(len(self.best)))
+        zeros = self._shifted(self.zeros)
+        factors = torch.linspace(1.0, _SMALLEST_SHRINK[bits], _SHRINKS[bits])[1:].tolist()
+        self.try_grids(((self.widest * factor, zeros) for factor in factors), range(len(self.best)))
 
     def refit(self, which: int) -> None:
         """One step of alternating least squares from the best grid."""
-        scales, zeros = self.best[which].scales, self.best[which].zeros
-        for moved in self._shifted(zeros):
-            steps = self._steps(scales, moved)
-            fitted = self._sum(steps * self.groups, which) / self._sum(steps * steps, which)
-            # NaN (all codes zero) keeps the scale
-            self.try_grid(torch.where(fitted > 0, fitted, scales), moved, (which,))
+        scales, shifted = self.best[which].scales, self._shifted(self.best[which].zeros)
+        self._scale(scales)
+        fitted = []
+        for zeros in shifted:
+            steps = self._steps(zeros)
+            torch.mul(steps, self.groups, out=self._product)
+            best = self._sum(self._product, which) / self._sum(steps.square_(), which)
+            fitted.append(torch.where(best > 0, best, scales))  # NaN (all codes zero) keeps the scale
+        self.try_grids([(scales, [zeros]) for scales, zeros in zip(fitted, shifted, strict=True)], (which,))
 
 
 def search_grids(
