@@ -152,8 +152,7 @@ class _BlockWork:
         self.groups = [group for group in kept if group.names]
         self.notes: dict[str, tuple[str, ...]] = {}
         dtype = next((self.modules[name].weight.dtype for name in wanted), torch.float32)
-        offers = how.ranks.collect(product_dtype(dtype, how.device))
-        self.products = offers[0] if len(set(offers)) == 1 else torch.float32  # ranks on CPUs of different kinds
+        self.products = product_dtype(dtype, how.device, how.ranks)
         self.routed = RoutedInputs(block.module, how.device, how.ranks, self.products)
 
     def run(self) -> Iterator[LayerRecord]:
@@ -232,8 +231,9 @@ class _BlockWork:
         dtype = self.modules[names[0]].weight.dtype
         weight = torch.cat([self.modules[name].weight.detach().float() for name in names])
         count, ranks = len(weight), self.how.ranks
-        weight = weight[ranks.rows(count)]
+        # Of all rows on every rank: how it is computed depends on how many there are, and ranks must get the same bits.
         target = weight if drift is None else drift.target(weight)
+        weight, target = weight[ranks.rows(count)], target[ranks.rows(count)]
         factor = factorize(hessian)
         found = gptq_quantize(weight, hessian, self.how.spec, factor=factor, target=target, scale_dtype=dtype)
         energy = output_loss(target, torch.zeros_like(target), hessian)
@@ -343,8 +343,8 @@ def _reference_share(bits: int) -> float:
     return 0.25 if bits < 4 else 0.125
 
 
-def product_dtype(inputs: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to multiply ``inputs`` in for their Hessian: bfloat16 on a CPU where that is faster, else float32.
+def product_dtype(inputs: torch.dtype, device: torch.device, ranks: Ranks = ALONE) -> torch.dtype:
+    """The dtype to multiply ``inputs`` in for their Hessian: bfloat16 on CPUs where that is faster, else float32.
 
     A CPU with dot products of bfloat16 multiplies two to three times as fast with them, one with matrix units many
     times. What is lost, for inputs of more bits (:meth:`Hessian.add`), is far below what a Hessian is known to: K
@@ -352,7 +352,10 @@ def product_dtype(inputs: torch.dtype, device: torch.device) -> torch.dtype:
     """
     if device.type != "cpu":
         return torch.float32
-    return torch.bfloat16 if inputs == torch.bfloat16 or has_bfloat16_products() else torch.float32
+    if inputs == torch.bfloat16:
+        return torch.bfloat16
+    # Sums that are added up over the ranks have to be of one kind, whatever the CPUs are.
+    return torch.bfloat16 if all(ranks.collect(has_bfloat16_products())) else torch.float32
 
 
 def _free_bytes(device: torch.device) -> float:

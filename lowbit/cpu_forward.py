@@ -48,7 +48,7 @@ class CpuForward(TorchFunctionMode):
             if _gains(*args, **kwargs):
                 return _sliced(*args, **kwargs)
         elif func is F.linear:
-            return onednn.linear(*args, **{"x" if name == "input" else name: kwargs[name] for name in kwargs})
+            return onednn.linear(*args, **kwargs)
         return func(*args, **kwargs)
 
 

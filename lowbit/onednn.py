@@ -13,31 +13,34 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["has_bfloat16_products", "is_faster", "linear"]
 
 _FEWEST_PRODUCTS = 1 << 23  # from which oneDNN is faster
+_PLAIN = (Tensor, nn.Parameter)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear`` of ``x (..., K)``, ``weight (N, K)``, ``bias (N,)``, up to the order of float32 additions."""
-    if not is_faster(x, weight, bias):
-        return F.linear(x, weight, bias)
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` of ``input (..., K)``, ``weight (N, K)``, ``bias (N,)``, up to the order of float32 additions.
+
+    Arguments are called what ``F.linear`` calls them, so that calls of it can be passed on.
+    """
+    if not is_faster(input, weight, bias):
+        return F.linear(input, weight, bias)
     # The operator that torch.compile puts in the place of F.linear; no public function reaches it.
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
     return out
 
 
-def is_faster(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+def is_faster(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether :func:`linear` takes these to oneDNN: it has no gradients, and is very slow on transposed views."""
-    if not (x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"):
+    given = [tensor for tensor in (input, weight, bias) if tensor is not None]
+    if not all(type(t) in _PLAIN and t.dtype == torch.float32 and t.device.type == "cpu" for t in given):
+        return False  # a subclass of Tensor may not know the operator
+    if input.numel() * weight.shape[0] < _FEWEST_PRODUCTS or not (input.is_contiguous() and weight.is_contiguous()):
         return False
-    if x.numel() * weight.shape[0] < _FEWEST_PRODUCTS or not (x.is_contiguous() and weight.is_contiguous()):
-        return False
-    if bias is not None and bias.dtype != torch.float32:
-        return False
-    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     return not learns and bool(torch.backends.mkldnn.enabled) and _here()
 
 

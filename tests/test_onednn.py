@@ -33,7 +33,7 @@ def everywhere(monkeypatch):
 
 @needs_onednn
 @pytest.mark.usefixtures("everywhere")
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 70), st.integers(1, 300), st.integers(1, 140), st.booleans(), st.integers(0, 9))
 def test_the_result_is_the_linears(rows, k, n, bias, seed):
     """A float32 sum of K products and the bias in any order: K + 1 roundings of the sum of their sizes."""
@@ -72,6 +72,7 @@ def test_which_machines_those_are(monkeypatch, cpu, expected):
     assert onednn._here.__wrapped__() is expected
 
 
+@needs_onednn
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("what", ["bfloat16", "a transposed input", "a transposed weight", "gradients", "switched off"])
 def test_what_is_left_to_torch(monkeypatch, what):
@@ -108,6 +109,20 @@ def test_a_models_own_linears_go_there_while_blocks_are_run(monkeypatch):
     assert seen == [3, 0, 3]
 
 
+@pytest.mark.usefixtures("everywhere")
+def test_tensors_of_other_types_are_left_to_torch():
+    """A subclass answers for the functions of torch that it knows, which a nameless operator is not among."""
+
+    class Known(torch.Tensor):
+        pass
+
+    x, weight, bias = _linear(8, 16, 16)
+    for wrapped in range(3):
+        args = [t.as_subclass(Known) if i == wrapped else t for i, t in enumerate((x, weight, bias))]
+        assert not onednn.is_faster(*args)
+        assert isinstance(onednn.linear(*args), Known)
+
+
 def test_what_inputs_of_a_hessian_are_multiplied_in(monkeypatch):
     """bfloat16 where a CPU has instructions for it, and always where the inputs are no more than that."""
     for here in (False, True):
@@ -116,6 +131,17 @@ def test_what_inputs_of_a_hessian_are_multiplied_in(monkeypatch):
         for dtype in (torch.float32, torch.float16):
             assert blockwise.product_dtype(dtype, torch.device("cpu")) == (torch.bfloat16 if here else torch.float32)
             assert blockwise.product_dtype(dtype, torch.device("cuda")) == torch.float32
+
+
+@pytest.mark.parametrize(("others", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_ranks_on_cpus_of_different_kinds_multiply_in_float32(monkeypatch, others, expected):
+    class Two:
+        def collect(self, value):
+            return [value, others]
+
+    monkeypatch.setattr(blockwise, "has_bfloat16_products", lambda: True)
+    assert blockwise.product_dtype(torch.float32, torch.device("cpu"), Two()) == expected
+    assert blockwise.product_dtype(torch.bfloat16, torch.device("cpu"), Two()) == torch.bfloat16
 
 
 @pytest.mark.parametrize(
