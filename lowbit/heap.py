@@ -19,7 +19,9 @@ def return_free_memory() -> None:
 
 
 class GrowthLimit:
-    """Calls :func:`return_free_memory` only when the process has grown: every page handed back costs a fault later.
+    """Calls :func:`return_free_memory` only where it can lower the peak: every page handed back costs a fault later.
+
+    That is when the process has grown and is larger than it ever was.
 
     Args:
         slack: bytes of growth since the last time that are let pass.
@@ -27,13 +29,15 @@ class GrowthLimit:
 
     def __init__(self, slack: int) -> None:
         self._slack = slack
-        self._after_last = resident_bytes()
+        self._after_last = self._largest = resident_bytes()
 
     def check(self) -> None:
-        """Return free memory if the resident set grew by more than the slack since it was last done."""
-        if resident_bytes() - self._after_last > self._slack:
+        """Return free memory if the resident set is the largest so far and grew by more than the slack."""
+        size = resident_bytes()
+        if size - self._after_last > self._slack and size > self._largest:
             return_free_memory()
             self._after_last = resident_bytes()
+        self._largest = max(self._largest, size)
 
 
 def resident_bytes() -> int:

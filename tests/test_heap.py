@@ -21,13 +21,14 @@ def test_what_is_resident_is_counted_in_bytes():
         assert 60 * MB < heap.resident_bytes() - before < 80 * MB
 
 
-def test_nothing_is_returned_until_the_process_has_grown_by_more_than_the_slack(monkeypatch):
+def test_nothing_is_returned_until_the_process_has_grown_by_more_than_the_slack_and_to_a_new_peak(monkeypatch):
     sizes, returned = [], []
     monkeypatch.setattr(heap, "resident_bytes", lambda: sizes[-1])
     monkeypatch.setattr(heap, "return_free_memory", lambda: returned.append(sizes.append(sizes[-1] - 20)))
     sizes.append(100)
     limit = heap.GrowthLimit(50)
-    for size, times in [(150, 0), (151, 1), (181, 1), (182, 2), (120, 2)]:  # after the first 131 are left
+    # After the first 131 are left, after the second 182: what is below the peak, however much it grew, cannot lower it.
+    for size, times in [(150, 0), (151, 1), (140, 1), (181, 1), (202, 2), (110, 2), (200, 2), (202, 2), (233, 3)]:
         sizes.append(size)
         limit.check()
         assert len(returned) == times, size
