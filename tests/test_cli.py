@@ -174,6 +174,18 @@ def test_help_imports_nothing_heavy():
     assert not {"torch", "transformers", "datasets", "triton"} & set(done.stderr.split())
 
 
+def test_a_commands_imports_are_not_collected_and_what_comes_after_is():
+    code = (
+        "import gc; from lowbit.cli import main; status = main(['quantize', 'absent', 'out']);"
+        "frozen = gc.get_freeze_count(); main(['eval', 'absent']);"  # some of the frozen objects may go, none are added
+        "print(status, gc.isenabled(), frozen > 100_000, gc.get_freeze_count() <= frozen)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=ENV, timeout=120, check=True
+    )
+    assert done.stdout.split() == ["2", "True", "True", "True"], done.stderr
+
+
 # --- failures
 
 
