@@ -238,8 +238,10 @@ def linear_groups(block: Block, inputs: BlockInputs, index: int, device: torch.d
     queries: list[Tensor] = []
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        """What puts the linear ``name`` with those that were handed the same tensor."""
+
         def record(_: nn.Module, args: tuple[Any, ...]) -> None:
-            """Put the linear ``name`` with those that were handed the same tensor."""
+            """Note who reads ``args[0]``, and when."""
             if name in seen:
                 raise ValueError(f"{block.name}.{name} runs more than once in one forward pass; leave it out by ignore")
             seen.add(name)
@@ -361,9 +363,7 @@ class BlockRun:
         while True:
             reached = self._resume(batch, run)
             if run.dead:
-                raise RuntimeError(
-                    f"block {self._index} ended before its stage {stage}: it does not run as it was traced"
-                )
+                raise RuntimeError(f"block {self._index} ended before its stage {stage}: it runs other than as traced")
             if reached[0] >= stage:
                 break
         if self._keep:
