@@ -25,7 +25,7 @@ from .fold import exact_folds, first_call, in_float32
 from .folding import Folding
 from .heap import GrowthLimit, return_free_memory
 from .mappings import Fold, reasons_without_fold, resolve
-from .onednn import has_bfloat16_products
+from .onednn import has_fast_bfloat16_products
 from .report import LayerRecord
 from .routed import BLENDED, RoutedInputs
 from .spec import QuantSpec
@@ -36,6 +36,7 @@ __all__ = ["METHODS", "Calibration", "product_dtype", "quantize_blocks", "quanti
 METHODS = ("gptq", "awq", "rtn", "awq+gptq")
 
 _HEAP_SLACK = 80 << 20  # bytes: less costs page faults, more costs memory
+_FEWEST_ROUNDED = 32  # batches whose products may be rounded to bfloat16
 _MEMORY_SHARE = 0.3  # of the free memory that half-done batches may hold before blocks are run anew per stage
 
 
@@ -151,8 +152,7 @@ class _BlockWork:
         kept = [LinearGroup(tuple(n for n in g.names if n in set(wanted)), g.unread) for g in found]
         self.groups = [group for group in kept if group.names]
         self.notes: dict[str, tuple[str, ...]] = {}
-        dtype = next((self.modules[name].weight.dtype for name in wanted), torch.float32)
-        self.products = product_dtype(dtype, how.device, how.ranks)
+        self.products = product_dtype(len(inputs.hidden), how.device, how.ranks)
         self.routed = RoutedInputs(block.module, how.device, how.ranks, self.products)
 
     def run(self) -> Iterator[LayerRecord]:
@@ -343,19 +343,17 @@ def _reference_share(bits: int) -> float:
     return 0.25 if bits < 4 else 0.125
 
 
-def product_dtype(inputs: torch.dtype, device: torch.device, ranks: Ranks = ALONE) -> torch.dtype:
-    """The dtype to multiply ``inputs`` in for their Hessian: bfloat16 on CPUs where that is faster, else float32.
+def product_dtype(batches: int, device: torch.device, ranks: Ranks = ALONE) -> torch.dtype:
+    """The dtype to multiply ``batches`` of inputs in for their Hessian: bfloat16 on CPUs that are faster at it.
 
-    A CPU with dot products of bfloat16 multiplies two to three times as fast with them, one with matrix units many
-    times. What is lost, for inputs of more bits (:meth:`Hessian.add`), is far below what a Hessian is known to: K
-    features estimated from n tokens are off by ``sqrt(K / n)`` of their spread, and 0.01 of the diagonal is added.
+    There it takes a half to a third of float32's time, with matrix units much less. What is lost (:meth:`Hessian.add`)
+    is averaged out over the batches, and then far below what a Hessian is known to: K columns and n tokens give it to
+    about ``sqrt(K / n)``. Of few batches it is not, and there is little time to gain.
     """
-    if device.type != "cpu":
-        return torch.float32
-    if inputs == torch.bfloat16:
-        return torch.bfloat16
     # Sums that are added up over the ranks have to be of one kind, whatever the CPUs are.
-    return torch.bfloat16 if all(ranks.collect(has_bfloat16_products())) else torch.float32
+    fast, counts = zip(*ranks.collect((has_fast_bfloat16_products(), batches)), strict=True)
+    gains = device.type == "cpu" and all(fast) and sum(counts) >= _FEWEST_ROUNDED
+    return torch.bfloat16 if gains else torch.float32
 
 
 def _free_bytes(device: torch.device) -> float:

@@ -123,36 +123,38 @@ def test_tensors_of_other_types_are_left_to_torch():
         assert isinstance(onednn.linear(*args), Known)
 
 
-def test_what_inputs_of_a_hessian_are_multiplied_in(monkeypatch):
-    """bfloat16 where a CPU has instructions for it, and always where the inputs are no more than that."""
-    for here in (False, True):
-        monkeypatch.setattr(blockwise, "has_bfloat16_products", lambda here=here: here)
-        assert blockwise.product_dtype(torch.bfloat16, torch.device("cpu")) == torch.bfloat16
-        for dtype in (torch.float32, torch.float16):
-            assert blockwise.product_dtype(dtype, torch.device("cpu")) == (torch.bfloat16 if here else torch.float32)
-            assert blockwise.product_dtype(dtype, torch.device("cuda")) == torch.float32
+@pytest.mark.parametrize("here", [False, True])
+@pytest.mark.parametrize("batches", [1, 31, 32, 1000])
+def test_what_inputs_of_a_hessian_are_multiplied_in(monkeypatch, here, batches):
+    """bfloat16 where a CPU is faster at it, and only so many batches that its rounding averages out."""
+    monkeypatch.setattr(blockwise, "has_fast_bfloat16_products", lambda: here)
+    expected = torch.bfloat16 if here and batches >= 32 else torch.float32
+    assert blockwise.product_dtype(batches, torch.device("cpu")) == expected
+    assert blockwise.product_dtype(batches, torch.device("cuda")) == torch.float32
 
 
-@pytest.mark.parametrize(("others", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_ranks_on_cpus_of_different_kinds_multiply_in_float32(monkeypatch, others, expected):
+@pytest.mark.parametrize(
+    ("other", "expected"), [((True, 16), torch.bfloat16), ((True, 15), torch.float32), ((False, 16), torch.float32)]
+)
+def test_all_ranks_multiply_alike_and_count_their_batches_together(monkeypatch, other, expected):
     class Two:
         def collect(self, value):
-            return [value, others]
+            return [value, other]
 
-    monkeypatch.setattr(blockwise, "has_bfloat16_products", lambda: True)
-    assert blockwise.product_dtype(torch.float32, torch.device("cpu"), Two()) == expected
-    assert blockwise.product_dtype(torch.bfloat16, torch.device("cpu"), Two()) == torch.bfloat16
+    monkeypatch.setattr(blockwise, "has_fast_bfloat16_products", lambda: True)
+    assert blockwise.product_dtype(16, torch.device("cpu"), Two()) == expected
 
 
 @pytest.mark.parametrize(
     ("cpu", "expected"),
     [
-        ({"avx512_bf16": True}, True),
-        ({"amx_bf16": True}, True),
+        ({"avx512_bf16": True, "cpu_name": "AMD Genoa"}, True),
+        ({"avx512_bf16": True, "amx_bf16": False, "cpu_name": "Intel Xeon"}, False),
+        ({"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, True),
         ({"avx512_f": True, "amx_bf16": False}, False),
         ({}, False),
     ],
 )
-def test_which_cpus_have_products_in_bfloat16(monkeypatch, cpu, expected):
+def test_which_cpus_are_faster_at_bfloat16(monkeypatch, cpu, expected):
     monkeypatch.setattr(onednn, "_cpu", lambda: cpu)
-    assert onednn.has_bfloat16_products.__wrapped__() is expected
+    assert onednn.has_fast_bfloat16_products.__wrapped__() is expected
