@@ -21,6 +21,7 @@ import typer
 
 import lowbit
 from lowbit.activations import build_spec, check_request
+from lowbit.heap import restart_without_cache
 
 __all__ = ["app", "main"]
 
@@ -273,6 +274,8 @@ def convert_command(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line ``argv`` (default: the process's own) and returns its exit status."""
+    if argv is None and next((word for word in sys.argv[1:] if not word.startswith("-")), "") == "quantize":
+        restart_without_cache()
     try:
         app(args=None if argv is None else list(argv), prog_name="lowbit")
     except SystemExit as stop:

@@ -186,6 +186,22 @@ def test_a_commands_imports_are_not_collected_and_what_comes_after_is():
     assert done.stdout.split() == ["2", "True", "True", "True"], done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings are Linux's")
+@pytest.mark.parametrize("given", [None, "glibc.malloc.arena_max=2"])
+@pytest.mark.parametrize("command", ["quantize", "eval"])
+def test_quantize_runs_without_glibcs_cache_unless_the_user_has_settings(command, given):
+    """The process is started anew before anything is imported: same number, same exit status, one message."""
+    code = "import os; from lowbit.cli import main; print(os.getpid(), main(), os.environ.get('GLIBC_TUNABLES'))"
+    env = {name: value for name, value in ENV.items() if name != "GLIBC_TUNABLES"}
+    env |= {} if given is None else {"GLIBC_TUNABLES": given}
+    arguments = [sys.executable, "-c", code, command, "absent", *(["out"] if command == "quantize" else [])]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    out, err = process.communicate(timeout=120)
+    expected = "glibc.malloc.tcache_count=0" if command == "quantize" and given is None else given
+    assert out.split() == [str(process.pid), "2", str(expected)], err
+    assert err.count("absent") >= 1 and err.count("lowbit: error:") == 1
+
+
 # --- failures
 
 

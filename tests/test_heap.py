@@ -1,8 +1,12 @@
-"""Free memory goes back to the system when asked for, and by itself once the process has grown by the slack."""
+"""Free memory goes back to the system when asked for, and by itself once the process has grown by the slack.
+
+And the command that needs much of it runs without glibc's cache of small free chunks.
+"""
 
 from __future__ import annotations
 
 import mmap
+import os
 import sys
 
 import pytest
@@ -40,3 +44,40 @@ def test_a_system_that_does_not_say_how_large_a_process_is(monkeypatch):
 
     monkeypatch.setattr("builtins.open", absent)
     assert heap.resident_bytes() == 0
+
+
+# --- glibc's cache
+
+
+@pytest.fixture
+def restarted(monkeypatch):
+    """The calls of os.execve, which would not return, in a process that was started without GLIBC_TUNABLES."""
+    calls = []
+    monkeypatch.setattr(os, "execve", lambda *call: calls.append(call))
+    monkeypatch.setattr(os, "confstr", lambda number: "glibc 2.36")
+    monkeypatch.setattr(sys, "gettrace", lambda: None)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    return calls
+
+
+def test_the_same_command_line_is_started_again_with_the_cache_off(restarted):
+    heap.restart_without_cache()
+    [(path, arguments, environment)] = restarted
+    assert path == arguments[0] == sys.executable and arguments[1:] == sys.orig_argv[1:]
+    assert environment == {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+
+
+@pytest.mark.parametrize("why", ["restarted", "set by the user", "another C library", "a debugger", "another system"])
+def test_a_process_that_gains_nothing_is_not_restarted(restarted, monkeypatch, why):
+    if why == "restarted":
+        monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")
+    elif why == "set by the user":
+        monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=1")
+    elif why == "another C library":
+        monkeypatch.setattr(os, "confstr", lambda number: None)
+    elif why == "a debugger":
+        monkeypatch.setattr(sys, "gettrace", lambda: print)
+    else:
+        monkeypatch.setattr(sys, "platform", "darwin")
+    heap.restart_without_cache()
+    assert restarted == []

@@ -87,7 +87,7 @@ ALLOWED = {
     "lowbit.vllm_gptq": "torch vllm",
     "lowbit.vllm_experts": "torch vllm .grouped .ops .spec .vllm_kernel",
     "lowbit.vllm_kernel": "torch vllm .ops .spec",
-    "lowbit.cli": "typer . .activations .data .doctor .distributed .dtypes .hf",
+    "lowbit.cli": "typer . .activations .data .doctor .distributed .dtypes .heap .hf",
     "lowbit_kernels": "torch triton",
 }
 
