@@ -11,8 +11,8 @@ from torch import Tensor
 __all__ = ["CrossMoment", "Hessian", "corrected_target", "output_loss"]
 
 # Columns of the symmetric product are computed in up to so many stripes, each from its diagonal on: 4 are 5/8 of the
-# work, 2 are 3/4. Narrower ones than this are slower.
-_STRIPES, _NARROWEST = 4, 192
+# work, 2 are 3/4. Narrower ones than this are slower (float32: MKL on a Xeon; bfloat16: oneDNN on an EPYC).
+_STRIPES, _NARROWEST = 4, {torch.float32: 96, torch.bfloat16: 192}
 _CHUNK = 1 << 24  # weights whose loss is computed at a time
 _WIDEST_FLOAT64 = 8192  # columns: 512 MiB of sums
 
@@ -55,7 +55,7 @@ class Hessian:
         if x.ndim != 2 or x.shape[1] != k:
             raise ValueError(f"expected inputs (tokens, {k}), got {tuple(x.shape)}")
         x = x.to(self._sum.device, self._products)
-        width = -(-k // min(_STRIPES, max(1, k // _NARROWEST)))
+        width = -(-k // min(_STRIPES, max(1, k // _NARROWEST[self._products])))
         for start in range(0, k, width):
             stop = min(start + width, k)
             left, right, rows = x[:, start:stop].t(), x[:, start:], self._sum[start:stop, start:]
