@@ -35,7 +35,7 @@ __all__ = ["METHODS", "Calibration", "product_dtype", "quantize_blocks", "quanti
 
 METHODS = ("gptq", "awq", "rtn", "awq+gptq")
 
-_HEAP_SLACK = 80 << 20  # bytes: less costs page faults, more costs memory
+_HEAP_SLACK = 40 << 20  # bytes: less costs page faults, more costs memory
 _FEWEST_ROUNDED = 32  # batches whose products may be rounded to bfloat16
 _MEMORY_SHARE = 0.3  # of the free memory that half-done batches may hold before blocks are run anew per stage
 

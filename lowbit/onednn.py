@@ -1,9 +1,13 @@
-"""What oneDNN does better on this CPU than the library torch would use: float32 linears, and products in bfloat16.
+"""Which library multiplies fastest on this CPU: float32 linears, bfloat16 linears, and products in bfloat16.
 
 torch multiplies float32 matrices with MKL, whose best code runs on Intel's processors only. oneDNN, which torch ships
 for bfloat16, generates code for the instructions that it finds. Measured on an AMD EPYC (Zen 4, AVX-512, 2 cores, torch
 2.13): 1.0 to 1.2 times MKL's speed for matrices of 384 x 384 to 1024 x 1024, 1.4 to 2.3 times for larger ones
 (eval/results/notes.md). On other processors nothing was measured, and nothing changes.
+
+bfloat16 goes to oneDNN, which emulates it where the processor has no instructions for it. Float32 copies of both
+factors, multiplied by MKL, take a sixth of that time with AVX2, a fourth with AVX-512, and 0.7 of it on a Xeon that has
+the instructions but no matrix units (256 to 2048 rows, the first two by ONEDNN_MAX_CPU_ISA on that Xeon; notes.md).
 """
 
 from __future__ import annotations
@@ -15,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["has_fast_bfloat16_products", "is_faster", "linear"]
+__all__ = ["has_fast_bfloat16_products", "is_faster", "is_faster_in_float32", "linear"]
 
 _FEWEST_PRODUCTS = 1 << 23  # from which oneDNN is faster
+_FEWEST_ROWS = 128  # of bfloat16 inputs, from which copies of the weights in float32 pay
+_ROWS_AT_ONCE = 512  # of which there are float32 copies
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -26,22 +32,49 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Arguments are called what ``F.linear`` calls them, so that calls of it can be passed on.
     """
-    if not is_faster(input, weight, bias):
-        return F.linear(input, weight, bias)
-    # The operator that torch.compile puts in the place of F.linear; no public function reaches it.
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+    if is_faster(input, weight, bias):
+        # The operator that torch.compile puts in the place of F.linear; no public function reaches it.
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+        return out
+    if is_faster_in_float32(input, weight, bias):
+        return _linear_in_float32(input, weight, bias)
+    return F.linear(input, weight, bias)
+
+
+def _linear_in_float32(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Products of bfloat16 numbers are exact in float32, and the sums are rounded once, as oneDNN rounds them."""
+    out = input.new_empty(*input.shape[:-1], weight.shape[0])
+    wide, shift = weight.float(), None if bias is None else bias.float()
+    parts = (tensor.flatten(0, -2).split(_ROWS_AT_ONCE) for tensor in (input, out))
+    for rows, place in zip(*parts, strict=True):
+        place.copy_(F.linear(rows.float(), wide, shift))
     return out
 
 
 def is_faster(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether :func:`linear` takes these to oneDNN: it has no gradients, and is very slow on transposed views."""
-    given = [tensor for tensor in (input, weight, bias) if tensor is not None]
-    if not all(type(t) in _PLAIN and t.dtype == torch.float32 and t.device.type == "cpu" for t in given):
-        return False  # a subclass of Tensor may not know the operator
+    if not _are_plain(torch.float32, input, weight, bias):
+        return False
     if input.numel() * weight.shape[0] < _FEWEST_PRODUCTS or not (input.is_contiguous() and weight.is_contiguous()):
         return False
+    return _here()
+
+
+def is_faster_in_float32(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether :func:`linear` multiplies float32 copies of these bfloat16 tensors."""
+    if not _are_plain(torch.bfloat16, input, weight, bias):
+        return False
+    rows = input.numel() // max(1, input.shape[-1])
+    return rows >= _FEWEST_ROWS and _cpu().get("architecture") == "x86_64" and not has_fast_bfloat16_products()
+
+
+def _are_plain(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
+    """Whether all are of the dtype, on the CPU, without gradients, of no subclass: one may know no such operator."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if not all(type(t) in _PLAIN and t.dtype == dtype and t.device.type == "cpu" for t in given):
+        return False
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    return not learns and bool(torch.backends.mkldnn.enabled) and _here()
+    return not learns and bool(torch.backends.mkldnn.enabled)
 
 
 @functools.cache

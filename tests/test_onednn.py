@@ -158,3 +158,53 @@ def test_all_ranks_multiply_alike_and_count_their_batches_together(monkeypatch, 
 def test_which_cpus_are_faster_at_bfloat16(monkeypatch, cpu, expected):
     monkeypatch.setattr(onednn, "_cpu", lambda: cpu)
     assert onednn.has_fast_bfloat16_products.__wrapped__() is expected
+
+
+# --- bfloat16 where float32 is faster
+
+
+@pytest.fixture
+def no_bfloat16(monkeypatch):
+    """As on a CPU without instructions for bfloat16, whatever this one has."""
+    monkeypatch.setattr(onednn, "_cpu", lambda: {"architecture": "x86_64"})
+    monkeypatch.setattr(onednn, "has_fast_bfloat16_products", lambda: False)
+
+
+@pytest.mark.usefixtures("no_bfloat16")
+@settings(max_examples=40)
+@given(st.integers(128, 1100), st.integers(1, 300), st.integers(1, 140), st.booleans(), st.integers(0, 9))
+def test_a_bfloat16_result_is_the_exact_one_rounded_once(rows, k, n, bias, seed):
+    """K + 1 roundings of float32 on the way to the one of bfloat16."""
+    x, weight, shift = (None if t is None else t.bfloat16() for t in _linear(rows, k, n, bias=bias, seed=seed))
+    assert onednn.is_faster_in_float32(x, weight, shift)
+    out = onednn.linear(x.view(1, rows, k), weight, shift)
+    wide = [None if t is None else t.double() for t in (x, weight, shift)]
+    exact, size = F.linear(*wide), F.linear(*[None if t is None else t.abs() for t in wide])
+    summed = (k + 1) * torch.finfo(torch.float32).eps * size
+    assert out.shape == (1, rows, n) and out.dtype == torch.bfloat16
+    assert bool(((out[0].double() - exact).abs() <= summed + 2**-8 * (exact.abs() + summed)).all())
+
+
+@pytest.mark.usefixtures("no_bfloat16")
+@pytest.mark.parametrize(
+    "what", ["few rows", "no tokens", "no columns", "float32", "gradients", "fast bfloat16", "arm"]
+)
+def test_which_bfloat16_linears_stay_where_they_are(monkeypatch, what):
+    x, weight, bias = (t.bfloat16() for t in _linear(128, 16, 16))
+    assert onednn.is_faster_in_float32(x, weight, bias)
+    if what == "few rows":
+        x = x[:127]
+    elif what == "no tokens":
+        x = x[:0]
+    elif what == "no columns":
+        x, weight = x[:, :0], weight[:, :0]
+    elif what == "float32":
+        x, weight, bias = (t.float() for t in (x, weight, bias))
+    elif what == "gradients":
+        weight.requires_grad_()
+    elif what == "it is fast":
+        monkeypatch.setattr(onednn, "has_fast_bfloat16_products", lambda: True)
+    else:
+        monkeypatch.setattr(onednn, "_cpu", lambda: {"architecture": "arm64"})
+    assert not onednn.is_faster_in_float32(x, weight, bias)
+    assert torch.equal(onednn.linear(x, weight, bias), F.linear(x, weight, bias))
