@@ -31,8 +31,7 @@ __all__ = ["DAMP_LADDER", "Factor", "GptqResult", "factorize", "gptq_quantize"]
 DAMP_LADDER = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Fractions of the mean diagonal added to the diagonal, tried in order until the Cholesky factorization succeeds."""
 
-_BLOCK = 128
-_DESCENT_BLOCK = 64
+_BLOCK = 64
 _SUBSTITUTED = 256  # rows up to which a triangular matrix is inverted by substitution
 
 
@@ -182,25 +181,14 @@ class _Grid:
         self.zero = torch.full_like(self.scale, spec.mid_code) if zeros is None else zeros.float()
         self._scale_rows, self._zero_rows = self.scale.t().contiguous(), self.zero.t().contiguous()
 
-    def columns(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale, smallest and largest step of the columns ``index``, transposed: each ``(len(index), N)``."""
+    def columns(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero of the columns ``index``, transposed: each ``(len(index), N)``."""
         group = index // self.group_size
-        low = -self._zero_rows[group]
-        return self._scale_rows[group], low, low + self.spec.max_code
+        return self._scale_rows[group], self._zero_rows[group]
 
     def steps(self, codes: Tensor) -> Tensor:
         """``code - zero`` as ``(N, G, group_size)`` float32."""
         return codes.float().reshape(*self.scale.shape, -1) - self.zero.unsqueeze(-1)
-
-    def step_rows(self, codes: Tensor) -> Tensor:
-        """:meth:`steps`, transposed: ``(K, N)``."""
-        columns = codes.t().reshape(-1, self.group_size, len(codes))
-        return (columns - self._zero_rows.unsqueeze(1)).flatten(0, 1)
-
-    def codes(self, step_rows: Tensor) -> Tensor:
-        """The ``(N, K)`` uint8 codes of which :meth:`step_rows` are these."""
-        columns = step_rows.view(-1, self.group_size, step_rows.shape[1]) + self._zero_rows.unsqueeze(1)
-        return columns.flatten(0, 1).to(torch.uint8).t().contiguous()
 
 
 def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -210,49 +198,50 @@ def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def _round_columns(W: Tensor, grid: _Grid, factor: Factor) -> Tensor:
     """Algorithm 1 of the paper with lazy block updates; returns codes ``(N, K)`` uint8 in original column order."""
-    order, diagonal = factor.order, factor.upper.diagonal().unsqueeze(1)
+    order, diagonal, largest = factor.order, factor.upper.diagonal().unsqueeze(1), grid.spec.max_code
     W = W.t()[order].contiguous()  # (K, N): a column of the weight is a contiguous row here
-    steps = torch.empty_like(W)
+    codes = torch.empty_like(W)
     for start in range(0, W.shape[0], _BLOCK):
         block = slice(start, min(start + _BLOCK, W.shape[0]))
-        scale, low, high = grid.columns(order[block])
+        scale, zero = grid.columns(order[block])
         U = factor.upper[block] / diagonal[block]  # so that E need not be divided column by column
-        w, u = W[block], U[:, block]
-        E, chosen = torch.empty_like(w), torch.empty_like(w)
-        # One column is five operations on a row of N numbers: what indexing costs matters.
-        for i, (wi, si, lowest, highest, ei, step) in enumerate(_rows(w, scale, low, high, E, chosen)):
-            torch.div(wi, si, out=step).round_()
-            torch.clamp(step, lowest, highest, out=step)
-            torch.addcmul(wi, step, si, value=-1, out=ei)
-            w[i + 1 :].addr_(u[i, i + 1 :], ei, alpha=-1)
-        steps[order[block]] = chosen
+        w = torch.addcmul(W[block], zero, scale)  # what a code stands for, without its zero
+        E, chosen = torch.zeros_like(w), torch.empty_like(w)
+        earlier, u = E.t(), U[:, block].t().contiguous()
+        # One column is five operations on a row of N numbers: what indexing costs matters. E is zero from the column's
+        # own row on, so all of it stands for the rows before.
+        for wi, ui, si, ei, code in _rows(w, u, scale, E, chosen):
+            wi.addmv_(earlier, ui, alpha=-1)
+            torch.div(wi, si, out=code).round_().clamp_(0, largest)
+            torch.addcmul(wi, code, si, value=-1, out=ei)
+        codes[order[block]] = chosen
         W[block.stop :].addmm_(U[:, block.stop :].t(), E, alpha=-1)
-    return grid.codes(steps)
+    return codes.to(torch.uint8).t().contiguous()
 
 
 def _descend(codes: Tensor, W: Tensor, grid: _Grid, factor: Factor, sweeps: int) -> Tensor:
     """Coordinate descent: each code in turn becomes the best one given all others. Never raises the damped loss."""
-    H, order, steps = factor.hessian, factor.order, grid.step_rows(codes)
+    H, order, largest = factor.hessian, factor.order, grid.spec.max_code
     error = (grid.steps(codes) * grid.scale.unsqueeze(-1)).flatten(1) - W
     gradient = H @ error.t()  # (K, N), half the gradient of the loss
+    columns = codes.t().float()
     for _ in range(sweeps):
-        for index in order.split(_DESCENT_BLOCK):
-            scale, low, high = grid.columns(index)
-            rows_of_H, old = H[index], steps[index]
+        for index in order.split(_BLOCK):
+            scale, _zero = grid.columns(index)
+            rows_of_H, old = H[index], columns[index]
             h = rows_of_H[:, index]
-            curvature = h.diagonal()
+            curvature = h.diagonal().unsqueeze(1)
             # Divided by its own curvature, the gradient of a code alone is its distance from where the loss is least.
-            g, h = gradient[index] / curvature.unsqueeze(1), h / curvature
-            negated, new, moves = -old * scale, torch.empty_like(old), torch.empty_like(old)
-            rows = _rows(g, old, negated, scale, low, high, new, moves)
-            for i, (gi, before, minus_q, si, lowest, highest, step, move) in enumerate(rows):
-                torch.addcdiv(before, gi, si, value=-1, out=step).round_()
-                torch.clamp(step, lowest, highest, out=step)
-                torch.addcmul(minus_q, step, si, out=move)
-                g[i + 1 :].addr_(h[i, i + 1 :], move)
-            steps[index] = new
+            g, h = gradient[index] / curvature, h / curvature
+            negated, new, moves = -old * scale, torch.empty_like(old), torch.zeros_like(old)
+            earlier = moves.t()  # zero from the column's own row on
+            for gi, hi, before, minus_q, si, code, move in _rows(g, h, old, negated, scale, new, moves):
+                gi.addmv_(earlier, hi)
+                torch.addcdiv(before, gi, si, value=-1, out=code).round_().clamp_(0, largest)
+                torch.addcmul(minus_q, code, si, out=move)
+            columns[index] = new
             gradient.addmm_(rows_of_H.t(), moves)  # H is symmetric
-    return grid.codes(steps)
+    return columns.to(torch.uint8).t().contiguous()
 
 
 def _refit_scales(codes: Tensor, W: Tensor, grid: _Grid, factor: Factor) -> _Grid:
