@@ -31,12 +31,13 @@ from .routed import BLENDED, RoutedInputs
 from .spec import QuantSpec
 from .walk import Block, BlockInputs, BlockRun, LinearGroup, linear_groups, linears
 
-__all__ = ["METHODS", "Calibration", "product_dtype", "quantize_blocks", "quantize_dense"]
+__all__ = ["METHODS", "Calibration", "own_batches", "product_dtype", "quantize_blocks", "quantize_dense"]
 
 METHODS = ("gptq", "awq", "rtn", "awq+gptq")
 
 _HEAP_SLACK = 40 << 20  # bytes: less costs page faults, more costs memory
 _FEWEST_ROUNDED = 32  # batches whose products may be rounded to bfloat16
+_TOGETHER, _FEWEST_TOGETHER = 4, 32  # batches whose products are summed in float32, if there are so many in all
 _MEMORY_SHARE = 0.3  # of the free memory that half-done batches may hold before blocks are run anew per stage
 
 
@@ -153,6 +154,7 @@ class _BlockWork:
         self.groups = [group for group in kept if group.names]
         self.notes: dict[str, tuple[str, ...]] = {}
         self.products = product_dtype(len(inputs.hidden), how.device, how.ranks)
+        self.together = _together(sum(how.ranks.collect(len(inputs.hidden))), how.device)
         self.routed = RoutedInputs(block.module, how.device, how.ranks, self.products)
 
     def run(self) -> Iterator[LayerRecord]:
@@ -212,15 +214,19 @@ class _BlockWork:
         total = Hessian(k, self.how.device, self.products)
         ref = None if self.routed.is_expert(name) else ref
         drift = CrossMoment(k, self.how.device, self.products) if ref is not None and self.how.corrects else None
+        waiting: list[Tensor] = []
         for batch in run.batches:
             x = run.inputs(stage, batch)
             if ref is None or drift is None or batch not in ref.batches:
-                total.add(x)
+                waiting.append(x)
             else:
                 drift.add(ref.inputs(stage, batch), x)
                 if stage == len(self.groups) - 1:
                     ref.finish_batch(batch)  # the original does not wait for this stage's weights
-            self.heap.check()
+            if (batch + 1) % self.together == 0 or batch == run.batches[-1]:
+                total.add(*waiting)
+                waiting.clear()
+                self.heap.check()
         self.how.ranks.add_up(total, drift)
         if drift is not None:
             total.merge_(drift.hessian)
@@ -354,6 +360,26 @@ def product_dtype(batches: int, device: torch.device, ranks: Ranks = ALONE) -> t
     fast, counts = zip(*ranks.collect((has_fast_bfloat16_products(), batches)), strict=True)
     gains = device.type == "cpu" and all(fast) and sum(counts) >= _FEWEST_ROUNDED
     return torch.bfloat16 if gains else torch.float32
+
+
+def _together(batches: int, device: torch.device) -> int:
+    """How many consecutive batches, of all ranks' ``batches``, enter the sums of a Hessian at once.
+
+    On a CPU adding the products of each to sums in float64 takes an eighth of the time of multiplying them.
+    """
+    return _TOGETHER if device.type == "cpu" and batches >= _FEWEST_TOGETHER else 1
+
+
+def own_batches(count: int, how: Calibration) -> range:
+    """This rank's part of ``count`` batches: contiguous, and of those that are added at once all or none.
+
+    What enters a sum then has the same bits wherever it is computed. With too many ranks for that, they are parted.
+    """
+    together = _together(count, how.device)
+    if count < together * how.ranks.count:
+        together = 1
+    part = how.ranks.share(-(-count // together))
+    return range(part.start * together, min(part.stop * together, count))
 
 
 def _free_bytes(device: torch.device) -> float:

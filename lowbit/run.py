@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .activations import needs_ranges
 from .affine import QuantizedWeight, dequantize
-from .blockwise import Calibration, quantize_blocks, quantize_dense
+from .blockwise import Calibration, own_batches, quantize_blocks, quantize_dense
 from .distributed import Ranks
 from .linear import Int8Linear, QuantLinear
 from .linearize import place
@@ -94,7 +94,8 @@ def _block_inputs(model: nn.Module, blocks: Sequence[Block], tokens: Tensor, how
     batches = tokens.split(rows)
     if len(batches) < how.ranks.count:  # no rank is left without
         batches = tokens.split(len(tokens) // how.ranks.count)
-    return capture_block_inputs(model, blocks, [batches[i].to(embedding.device) for i in how.ranks.share(len(batches))])
+    mine = own_batches(len(batches), how)
+    return capture_block_inputs(model, blocks, [batches[i].to(embedding.device) for i in mine])
 
 
 def _measure(model: nn.Module, plan: Plan, tokens: Tensor, how: Calibration, smooth: float | None) -> InputRanges:

@@ -34,6 +34,7 @@ WIDE: dict[str, Any] = {**SMALL, "samples": 48, "seq_len": 64}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq": ("llama", {**WIDE, "symmetric": False}),
     "gptq again": ("llama", {**WIDE, "symmetric": False}),
+    "many batches": ("llama", {**WIDE, "samples": 35 * 16}),
     "awq+gptq": ("llama", {**WIDE, "method": "awq+gptq"}),
     "awq": ("llama", {**WIDE, "method": "awq"}),
     "experts": ("mixtral", {**WIDE, "seq_len": 32, "samples": 34}),

@@ -43,16 +43,19 @@ def _hessian(x):
 @pytest.mark.parametrize("k", [1, 7, 64, 200, 1024, 1500])
 @pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_hessian_is_the_mean_outer_product(k, dtype, products):
-    """Chunks and column stripes are an implementation matter. fp32 sums of 40 terms: 40 eps of the absolute sum.
+@pytest.mark.parametrize("calls", [[[13], [1], [26]], [[14, 26]], [[13, 1], [], [20, 6]]])
+def test_the_hessian_is_the_mean_outer_product(k, dtype, products, calls):
+    """Chunks, given together or not, and stripes are an implementation matter. fp32 sums of 40 terms: 40 eps of theirs.
 
     bfloat16 products: half a unit in the last place of every chunk's sum on top, and of both factors if they had more.
     """
     x = torch.randn(40, k, generator=torch.Generator().manual_seed(0)).to(dtype)
     moment, rounding = Hessian(k, products=products), torch.zeros(k, k, dtype=torch.float64)
-    for chunk in x.split([13, 1, 26]):
-        moment.add(chunk)
-        rounding += 2**-8 * (chunk.double().t() @ chunk.double()).abs()
+    chunks = iter(x.split([tokens for call in calls for tokens in call]))
+    for call in calls:
+        given = [next(chunks) for _ in call]
+        moment.add(*given)
+        rounding += sum(2**-8 * (chunk.double().t() @ chunk.double()).abs() for chunk in given)
     exact, absolute = x.double().t() @ x.double() / 40, x.double().abs().t() @ x.double().abs() / 40
     bound = 40 * torch.finfo(torch.float32).eps * absolute
     if products == torch.bfloat16:

@@ -28,11 +28,13 @@ from transformers import AutoModelForCausalLM
 import architectures
 import lowbit
 from distributed_worker import CASES, TEXT
+from lowbit.blockwise import Calibration, own_batches
 from lowbit.data import load_text
 from lowbit.distributed import ALONE, LIMIT_VARIABLE, Ranks, Terminated, checksum, is_first, join, terminable
 from packed_folder import edit_config, edit_tensors
 from tiny_models import BOOKS_4M, tiny_folder
 
+SPEC = lowbit.QuantSpec(bits=4)
 ROOT = Path(__file__).parent.parent
 SOURCES = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests"))
 ENV = {**os.environ, "PYTHONPATH": SOURCES, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -121,9 +123,10 @@ SAME_BATCHES = [name for name in CASES if name not in ("few windows", "gptq agai
 def test_two_ranks_write_the_file_one_process_writes(folder, seen, alone, name):
     """Bit for bit: the batches are the same, and sums over them are kept in float64.
 
-    A batch adds float32 numbers, of 24 bits. A float64 sum has 53, so B batches whose entries lie within
-    2**(29 - log2 B) of each other are added without any rounding, in any order; where they do not, an error of
-    B * 2**-53 must meet the boundary of a rounding to 24 bits to show. What follows is computed from equal bits.
+    A batch, or four that no two ranks share, adds float32 numbers, of 24 bits. A float64 sum has 53, so B additions
+    whose entries lie within 2**(29 - log2 B) of each other are made without any rounding, in any order; where they do
+    not, an error of B * 2**-53 must meet the boundary of a rounding to 24 bits to show. What follows is computed from
+    equal bits.
     """
     assert digest(folder / f"{name}-2") == digest(folder / f"{name}-1")
 
@@ -285,6 +288,26 @@ def test_shares_are_contiguous_and_even(count):
         shares = [Ranks(rank, count).share(items) for rank in range(count)]
         assert [i for share in shares for i in share] == list(range(items))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batches_that_are_added_at_once_are_one_ranks(count, device):
+    """On a CPU four from 32 batches on, unless there are too few for that many ranks."""
+    for batches in (7, 27, 28, 31, 32, 33, 50, 64):
+        hows = [Calibration(SPEC, "gptq", torch.device(device), ranks=Ranks(rank, count)) for rank in range(count)]
+        parts = [own_batches(batches, how) for how in hows]
+        assert [i for part in parts for i in part] == list(range(batches))
+        unit = 4 if device == "cpu" and batches >= 32 else 1
+        assert all(part.start % unit == 0 for part in parts)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 2 * unit - 1
+
+
+def test_more_ranks_than_batches_added_at_once():
+    parts = [
+        own_batches(32, Calibration(SPEC, "gptq", torch.device("cpu"), ranks=Ranks(rank, 16))) for rank in range(16)
+    ]
+    assert [list(part) for part in parts] == [[2 * rank, 2 * rank + 1] for rank in range(16)]
 
 
 def test_a_checksum_sees_one_bit():
