@@ -196,6 +196,7 @@ def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.unbind(0) for tensor in tensors), strict=True)
 
 
+@torch.inference_mode()  # where a row of a matrix costs a third less to make
 def _round_columns(W: Tensor, grid: _Grid, factor: Factor) -> Tensor:
     """Algorithm 1 of the paper with lazy block updates; returns codes ``(N, K)`` uint8 in original column order."""
     order, diagonal, largest = factor.order, factor.upper.diagonal().unsqueeze(1), grid.spec.max_code
@@ -219,6 +220,7 @@ def _round_columns(W: Tensor, grid: _Grid, factor: Factor) -> Tensor:
     return codes.to(torch.uint8).t().contiguous()
 
 
+@torch.inference_mode()
 def _descend(codes: Tensor, W: Tensor, grid: _Grid, factor: Factor, sweeps: int) -> Tensor:
     """Coordinate descent: each code in turn becomes the best one given all others. Never raises the damped loss."""
     H, order, largest = factor.hessian, factor.order, grid.spec.max_code
