@@ -226,7 +226,7 @@ class _BlockWork:
             if (batch + 1) % self.together == 0 or batch == run.batches[-1]:
                 total.add(*waiting)
                 waiting.clear()
-                self.heap.check()
+            self.heap.check()
         self.how.ranks.add_up(total, drift)
         if drift is not None:
             total.merge_(drift.hessian)

@@ -148,6 +148,22 @@ def test_rounded_streams_or_products_give_nearly_the_float32_target(dtype, produ
     assert float((targets[0] - targets[1]).norm()) < 0.05 * change
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [511, 512, 513, 1300])
+def test_the_cross_moment_is_that_of_all_tokens(tokens, dtype):
+    """In whatever pieces they are converted. ``n`` float32 additions of exact products: ``n`` eps of the absolute sum;
+    of float32 inputs the difference and the product are rounded too.
+    """
+    original, quantized = (_inputs(tokens, seed=seed).to(dtype) for seed in (0, 1))
+    moments = CrossMoment(64)
+    moments.add(original, quantized)
+    drift, other = original.double() - quantized.double(), quantized.double()
+    bound = (tokens + 3) * torch.finfo(torch.float32).eps * (drift.abs().t() @ other.abs())
+    assert moments.tokens == tokens
+    assert bool(((moments.sums[0] - drift.t() @ other).abs() <= bound).all())
+    assert torch.equal(moments.hessian.mean(), moments.hessian.mean().t())
+
+
 def test_equal_streams_need_no_correction():
     x, w = _inputs(), _weight()
     moments = CrossMoment(64)

@@ -16,7 +16,7 @@ __all__ = ["CrossMoment", "Hessian", "corrected_target", "output_loss"]
 # work, 4 are 5/8. Narrower ones than this are slower (float32: MKL on a Xeon; bfloat16: oneDNN on an EPYC).
 _STRIPES = {torch.float32: 8, torch.bfloat16: 4}
 _NARROWEST = {torch.float32: 96, torch.bfloat16: 192}
-_ROWS = 512  # of the product of two streams, at a time: bounds the temporaries
+_ROWS = 512  # of the product of two streams, and tokens converted for it, at a time: bounds the temporaries
 _CHUNK = 1 << 24  # weights whose loss is computed at a time
 _WIDEST_FLOAT64 = 8192  # columns: 512 MiB of sums
 
@@ -69,9 +69,9 @@ class Hessian:
         """Add chunks of inputs, each ``(tokens, K)``, any floating dtype.
 
         Products are summed in float32 within a chunk, where those of 16-bit numbers are exact, and over the chunks of
-        one call. With products in bfloat16 the inputs are rounded to it, which adds 2**-16 of the diagonal at most, and
-        so is a chunk's sum, for which torch has no float32 result on a CPU: at most 2**-8 of each entry, averaged out
-        over the chunks.
+        one call if they need no conversion. With products in bfloat16 the inputs are rounded to it, which adds 2**-16
+        of the diagonal at most, and so is a chunk's sum, for which torch has no float32 result on a CPU: at most 2**-8
+        of each entry, averaged out over the chunks.
 
         A NaN or infinity among the inputs shows in :meth:`mean`.
 
@@ -82,6 +82,10 @@ class Hessian:
         for x in chunks:
             if x.ndim != 2 or x.shape[1] != k:
                 raise ValueError(f"expected inputs (tokens, {k}), got {tuple(x.shape)}")
+        if len(chunks) > 1 and any(x.dtype != self._products or x.device != self._sum.device for x in chunks):
+            for x in chunks:  # one copy at a time
+                self.add(x)
+            return
         moved = [x.to(self._sum.device, self._products) for x in chunks]
         width = -(-k // min(_STRIPES[self._products], max(1, k // _NARROWEST[self._products])))
         for start in range(0, k, width):
@@ -160,6 +164,10 @@ class CrossMoment:
         device = self._cross.device
         rounded = device.type != "cpu" and original.dtype == quantized.dtype == torch.bfloat16
         factors = torch.bfloat16 if rounded else self._products
+        if device.type == "cpu" and original.dtype != factors == torch.float32 and len(original) > _ROWS:
+            for parts in zip(original.split(_ROWS), quantized.split(_ROWS), strict=True):  # whose copies are small
+                self.add(*parts)
+            return
         wide = torch.promote_types(original.dtype, factors)
         original, quantized = original.to(device, wide), quantized.to(device, wide)
         drift, quantized = (original - quantized).to(factors), quantized.to(factors)
