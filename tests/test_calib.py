@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit.affine import dequantize, minmax_grid, quantize_to_grid, round_scales
-from lowbit.calib import gptq
+from lowbit.calib import gptq, hessian
 from lowbit.calib.gptq import DAMP_LADDER, factorize, gptq_quantize
 from lowbit.calib.hessian import CrossMoment, Hessian, corrected_target, output_loss
 from lowbit.calib.rtn import rtn_quantize, search_grid, search_grids
@@ -65,6 +65,16 @@ def test_the_hessian_is_the_mean_outer_product(k, dtype, products, calls):
     assert moment.tokens == 40
     assert bool(((moment.mean() - exact).abs() <= bound).all())
     assert torch.equal(moment.mean(), moment.mean().t())
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_hessians_too_wide_for_float64_are_summed_in_float32(monkeypatch, chunks):
+    monkeypatch.setattr(hessian, "_WIDEST_FLOAT64", 63)
+    x, moment = _inputs(120), Hessian(64)
+    moment.add(*x.chunk(chunks))
+    bound = 120 * torch.finfo(torch.float32).eps * (x.double().abs().t() @ x.double().abs()) / 120
+    assert moment.sums[0].dtype == torch.float32
+    assert bool(((moment.mean() - x.double().t() @ x.double() / 120).abs() <= bound).all())
 
 
 def test_products_in_bfloat16_are_far_more_exact_than_the_hessian_itself():
@@ -335,6 +345,7 @@ def test_gptq_is_never_worse_than_round_to_nearest(spec, group_size):
     assert float(result.loss.sum()) < 0.9 * float(result.rtn_loss.sum())
     assert float(result.loss.sum()) == pytest.approx(float(exact), rel=1e-3)
     assert result.weight.scales.dtype == torch.bfloat16
+    assert not any(t.is_inference() for t in (result.weight.codes, result.weight.scales, result.loss))
     assert result.damp_frac == DAMP_LADDER[0]
     assert result.notes == ()
 

@@ -202,7 +202,7 @@ def test_which_bfloat16_linears_stay_where_they_are(monkeypatch, what):
         x, weight, bias = (t.float() for t in (x, weight, bias))
     elif what == "gradients":
         weight.requires_grad_()
-    elif what == "it is fast":
+    elif what == "fast bfloat16":
         monkeypatch.setattr(onednn, "has_fast_bfloat16_products", lambda: True)
     else:
         monkeypatch.setattr(onednn, "_cpu", lambda: {"architecture": "arm64"})

@@ -181,10 +181,13 @@ class _Grid:
         self.zero = torch.full_like(self.scale, spec.mid_code) if zeros is None else zeros.float()
         self._scale_rows, self._zero_rows = self.scale.t().contiguous(), self.zero.t().contiguous()
 
-    def columns(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero of the columns ``index``, transposed: each ``(len(index), N)``."""
-        group = index // self.group_size
-        return self._scale_rows[group], self._zero_rows[group]
+    def scales_of(self, columns: Tensor) -> Tensor:
+        """Scales of the columns, transposed: ``(len(columns), N)``."""
+        return self._scale_rows[columns // self.group_size]
+
+    def zeros_of(self, columns: Tensor) -> Tensor:
+        """As :meth:`scales_of`."""
+        return self._zero_rows[columns // self.group_size]
 
     def steps(self, codes: Tensor) -> Tensor:
         """``code - zero`` as ``(N, G, group_size)`` float32."""
@@ -196,7 +199,7 @@ def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.unbind(0) for tensor in tensors), strict=True)
 
 
-@torch.inference_mode()  # where a row of a matrix costs a third less to make
+@torch.inference_mode()  # where a row of a matrix costs a third less to make; gptq_quantize returns ordinary tensors
 def _round_columns(W: Tensor, grid: _Grid, factor: Factor) -> Tensor:
     """Algorithm 1 of the paper with lazy block updates; returns codes ``(N, K)`` uint8 in original column order."""
     order, diagonal, largest = factor.order, factor.upper.diagonal().unsqueeze(1), grid.spec.max_code
@@ -204,7 +207,7 @@ def _round_columns(W: Tensor, grid: _Grid, factor: Factor) -> Tensor:
     codes = torch.empty_like(W)
     for start in range(0, W.shape[0], _BLOCK):
         block = slice(start, min(start + _BLOCK, W.shape[0]))
-        scale, zero = grid.columns(order[block])
+        scale, zero = grid.scales_of(order[block]), grid.zeros_of(order[block])
         U = factor.upper[block] / diagonal[block]  # so that E need not be divided column by column
         w = torch.addcmul(W[block], zero, scale)  # what a code stands for, without its zero
         E, chosen = torch.zeros_like(w), torch.empty_like(w)
@@ -229,8 +232,7 @@ def _descend(codes: Tensor, W: Tensor, grid: _Grid, factor: Factor, sweeps: int)
     columns = codes.t().float()
     for _ in range(sweeps):
         for index in order.split(_BLOCK):
-            scale, _zero = grid.columns(index)
-            rows_of_H, old = H[index], columns[index]
+            scale, rows_of_H, old = grid.scales_of(index), H[index], columns[index]
             h = rows_of_H[:, index]
             curvature = h.diagonal().unsqueeze(1)
             # Divided by its own curvature, the gradient of a code alone is its distance from where the loss is least.
