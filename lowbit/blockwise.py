@@ -35,7 +35,7 @@ __all__ = ["METHODS", "Calibration", "own_batches", "product_dtype", "quantize_b
 
 METHODS = ("gptq", "awq", "rtn", "awq+gptq")
 
-_HEAP_SLACK = 40 << 20  # bytes: less costs page faults, more costs memory
+_HEAP_SLACK, _HEAP_MARGIN = 40 << 20, 16 << 20  # bytes: a batch takes less than the margin
 _FEWEST_ROUNDED = 32  # batches whose products may be rounded to bfloat16
 _TOGETHER, _FEWEST_TOGETHER = 4, 32  # batches whose products are summed in float32, if there are so many in all
 _MEMORY_SHARE = 0.3  # of the free memory that half-done batches may hold before blocks are run anew per stage
@@ -116,7 +116,7 @@ def quantize_blocks(
     own = [h.clone() if i in reference_batches else h.new_empty(0) for i, h in enumerate(inputs.hidden)]
     reference = BlockInputs(own, inputs.arguments, inputs.keyword)
     return_free_memory()  # tokenizing left some
-    heap = GrowthLimit(_HEAP_SLACK)
+    heap = GrowthLimit(_HEAP_SLACK, _HEAP_MARGIN)
     for index, block in enumerate(blocks):
         prefix = f"{block.name}."
         wanted = [name.removeprefix(prefix) for name in targets if name.startswith(prefix)]
@@ -201,8 +201,8 @@ class _BlockWork:
                 if name not in reached:
                     yield self._unreached(name)
             if not self.last:  # nobody asks for the last block's outputs
-                run.finish()
-                ref.finish()
+                run.finish(self.heap.check)
+                ref.finish(self.heap.check)
 
     def _moments(self, stage: int, run: BlockRun, ref: BlockRun | None) -> tuple[Hessian, CrossMoment | None]:
         """H of a stage's inputs over all tokens, and their drift from the original model over the reference's.

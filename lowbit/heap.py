@@ -44,20 +44,22 @@ def restart_without_cache() -> None:
 class GrowthLimit:
     """Calls :func:`return_free_memory` only where it can lower the peak: every page handed back costs a fault later.
 
-    That is when the process has grown and is larger than it ever was.
+    That is when the process has grown and is about to be larger than it ever was.
 
     Args:
-        slack: bytes of growth since the last time that are let pass.
+        slack: bytes of growth since the last time that are let pass; less costs page faults, more costs memory.
+        margin: bytes that may be taken between two checks. Without it the process exceeds its largest size before each
+            check, and so by a little more every time.
     """
 
-    def __init__(self, slack: int) -> None:
-        self._slack = slack
+    def __init__(self, slack: int, margin: int) -> None:
+        self._slack, self._margin = slack, margin
         self._after_last = self._largest = resident_bytes()
 
     def check(self) -> None:
-        """Return free memory if the resident set is the largest so far and grew by more than the slack."""
+        """Return free memory if the resident set nears its largest so far and grew by more than the slack."""
         size = resident_bytes()
-        if size - self._after_last > self._slack and size > self._largest:
+        if size - self._after_last > self._slack and size + self._margin > self._largest:
             return_free_memory()
             self._after_last = resident_bytes()
         self._largest = max(self._largest, size)

@@ -376,11 +376,12 @@ class BlockRun:
         x: Tensor = reached[1]
         return x.reshape(-1, x.shape[-1])
 
-    def finish(self) -> None:
+    def finish(self, after_each: Callable[[], None] = lambda: None) -> None:
         """Run every batch not yet finished to the block's end and store its outputs as the inputs' hidden states."""
         for batch in self.batches:
             if batch not in self._finished:
                 self.finish_batch(batch)
+                after_each()
 
     def finish_batch(self, batch: int) -> None:
         """:meth:`finish` for one batch."""

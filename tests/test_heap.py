@@ -25,14 +25,14 @@ def test_what_is_resident_is_counted_in_bytes():
         assert 60 * MB < heap.resident_bytes() - before < 80 * MB
 
 
-def test_nothing_is_returned_until_the_process_has_grown_by_more_than_the_slack_and_to_a_new_peak(monkeypatch):
+def test_nothing_is_returned_until_the_process_has_grown_by_more_than_the_slack_and_nears_its_peak(monkeypatch):
     sizes, returned = [], []
     monkeypatch.setattr(heap, "resident_bytes", lambda: sizes[-1])
-    monkeypatch.setattr(heap, "return_free_memory", lambda: returned.append(sizes.append(sizes[-1] - 20)))
+    monkeypatch.setattr(heap, "return_free_memory", lambda: returned.append(sizes.append(sizes[-1] - 60)))
     sizes.append(100)
-    limit = heap.GrowthLimit(50)
-    # After the first 131 are left, after the second 182: what is below the peak, however much it grew, cannot lower it.
-    for size, times in [(150, 0), (151, 1), (140, 1), (181, 1), (202, 2), (110, 2), (200, 2), (202, 2), (233, 3)]:
+    limit = heap.GrowthLimit(slack=30, margin=10)
+    # 131 is the peak, 71 are left after it, then 62: far below the peak, however much it grew, nothing can lower it.
+    for size, times in [(130, 0), (131, 1), (101, 1), (121, 1), (122, 2), (92, 2), (121, 2), (140, 3)]:
         sizes.append(size)
         limit.check()
         assert len(returned) == times, size
