@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lowbit.affine import dequantize, minmax_grid, quantize_to_grid, round_scales
 from lowbit.calib import gptq, hessian
 from lowbit.calib.gptq import DAMP_LADDER, factorize, gptq_quantize
-from lowbit.calib.hessian import CrossMoment, Hessian, corrected_target, output_loss
+from lowbit.calib.hessian import CrossMoment, Hessian, all_finite, corrected_target, output_loss
 from lowbit.calib.rtn import rtn_quantize, search_grid, search_grids
 from lowbit.spec import BITS, QuantSpec
 
@@ -87,6 +87,18 @@ def test_products_in_bfloat16_are_far_more_exact_than_the_hessian_itself():
     spread = exact.mean().diagonal().sqrt()
     lost, half = ((h - exact.mean()) / spread / spread.unsqueeze(1) for h in (rounded.mean(), _hessian(x[:2048])))
     assert float(torch.linalg.matrix_norm(lost, 2)) < 0.01 < 0.1 * float(torch.linalg.matrix_norm(half, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_finite_sees_one_bad_value_and_takes_no_large_ones_for_it(dtype):
+    x = torch.full((300, 70), torch.finfo(dtype).max, dtype=dtype)
+    assert all_finite(x), "though the sum of these is infinite in float32"
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        one, two = x.clone(), x.clone()
+        one[17, 3] = two[17, 3] = bad
+        two[18, 3] = -bad
+        assert not all_finite(one) and not all_finite(two)
+    assert all_finite(torch.empty(0, 4))
 
 
 def test_merged_hessians_count_all_tokens():

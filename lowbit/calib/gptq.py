@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..affine import QuantizedWeight, dequantize, quantize_to_grid, round_scales
 from ..spec import QuantSpec
-from .hessian import output_loss
+from .hessian import all_finite, output_loss
 from .rtn import search_grids
 
 __all__ = ["DAMP_LADDER", "Factor", "GptqResult", "factorize", "gptq_quantize"]
@@ -116,7 +116,7 @@ def _inverse_upper(hessian: Tensor, order: Tensor) -> Tensor | None:
         return None
     _invert_lower(lower)
     upper = lower.flip(0, 1)
-    return upper if bool(torch.isfinite(upper).all()) else None
+    return upper if all_finite(upper) else None
 
 
 def _invert_lower(lower: Tensor) -> None:
@@ -146,7 +146,7 @@ def factorize(hessian: Tensor, *, damp_fracs: tuple[float, ...] = DAMP_LADDER, a
     """
     if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1]:
         raise ValueError(f"hessian must be (K, K), got {tuple(hessian.shape)}")
-    if not bool(torch.isfinite(hessian).all()):
+    if not all_finite(hessian):
         raise ValueError("hessian contains NaN or infinite values")
     hessian = hessian.clone()
     diagonal = hessian.diagonal()
@@ -301,7 +301,7 @@ def gptq_quantize(
     if weight.ndim != 2 or hessian.shape[0] != weight.shape[1]:
         raise ValueError(f"weight (N, K) {tuple(weight.shape)} and hessian {tuple(hessian.shape)} do not match")
     for name, tensor in (("weight", weight), ("target", weight if target is None else target)):
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise ValueError(f"{name} contains NaN or infinite values")
     weight = weight.float()
     W = weight if target is None else target.float()

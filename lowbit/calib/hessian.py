@@ -5,18 +5,20 @@ H = E[x x^T]        (K, K) float32        loss of Q for W:  trace((Q - W) H (Q -
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["CrossMoment", "Hessian", "corrected_target", "output_loss"]
+__all__ = ["CrossMoment", "Hessian", "all_finite", "corrected_target", "output_loss"]
 
 # Columns of the symmetric product are computed in up to so many stripes, each from its diagonal on: 8 are 9/16 of the
 # work, 4 are 5/8. Narrower ones than this are slower (float32: MKL on a Xeon; bfloat16: oneDNN on an EPYC).
 _STRIPES = {torch.float32: 8, torch.bfloat16: 4}
 _NARROWEST = {torch.float32: 96, torch.bfloat16: 192}
 _ROWS = 512  # of the product of two streams, and tokens converted for it, at a time: bounds the temporaries
+_MIRRORED = 128  # rows and columns of the upper triangle that are copied to the lower one at a time
 _CHUNK = 1 << 24  # weights whose loss is computed at a time
 _WIDEST_FLOAT64 = 8192  # columns: 512 MiB of sums
 
@@ -113,11 +115,21 @@ class Hessian:
         """
         if self.tokens == 0:
             raise ValueError("the Hessian has seen no tokens: the linear was not reached by the calibration data")
-        upper = torch.triu((self._sum / self.tokens).float())
-        hessian = upper + torch.triu(upper, 1).t()
-        if not bool(torch.isfinite(hessian).all()):
+        hessian = torch.empty_like(self._sum, dtype=torch.float32)
+        torch.div(self._sum, self.tokens, out=hessian)
+        hessian.triu_()
+        for start in range(0, len(hessian), _MIRRORED):  # in place: fresh memory would cost more than what is written
+            rows, stop = hessian[start : start + _MIRRORED], start + _MIRRORED
+            rows[:, start:stop] += rows[:, start:stop].triu(1).t()
+            hessian[stop:, start:stop] = rows[:, stop:].t()
+        if not all_finite(hessian):
             raise ValueError("the calibration inputs of this linear contain NaN or infinite values")
         return hessian
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether a float32 tensor holds neither NaN nor infinity: its sum in float64, which cannot overflow, tells."""
+    return math.isfinite(float(x.sum(dtype=torch.float64)))
 
 
 def output_loss(candidate: Tensor, weight: Tensor, hessian: Tensor) -> Tensor:
