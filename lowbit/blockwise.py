@@ -344,9 +344,9 @@ def _reference_batches(count: int, how: Calibration) -> range:
 def _reference_share(bits: int) -> float:
     """Of the batches, how many also run through the original model: what coarse grids get wrong needs more of them.
 
-    eval/results/notes.md has the KL at 1, 1/4, 1/8 and 1/16.
+    eval/results/notes.md has the KL at shares from 1 to 1/16.
     """
-    return 0.25 if bits < 4 else 0.125
+    return 1 / 4 if bits < 4 else 1 / 12
 
 
 def product_dtype(batches: int, device: torch.device, ranks: Ranks = ALONE) -> torch.dtype:
