@@ -37,7 +37,7 @@ METHODS = ("gptq", "awq", "rtn", "awq+gptq")
 
 _HEAP_SLACK, _HEAP_MARGIN = 40 << 20, 16 << 20  # bytes: a batch takes less than the margin
 _FEWEST_ROUNDED = 32  # batches whose products may be rounded to bfloat16
-_TOGETHER, _FEWEST_TOGETHER = 4, 32  # batches whose products are summed in float32, if there are so many in all
+_TOGETHER = {64: 8, 32: 4}  # from so many batches in all on, how many of them have their products summed in float32
 _MEMORY_SHARE = 0.3  # of the free memory that half-done batches may hold before blocks are run anew per stage
 
 
@@ -367,7 +367,7 @@ def _together(batches: int, device: torch.device) -> int:
 
     On a CPU adding the products of each to sums in float64 takes an eighth of the time of multiplying them.
     """
-    return _TOGETHER if device.type == "cpu" and batches >= _FEWEST_TOGETHER else 1
+    return next((run for fewest, run in _TOGETHER.items() if device.type == "cpu" and batches >= fewest), 1)
 
 
 def own_batches(count: int, how: Calibration) -> range:

@@ -68,7 +68,10 @@ class GrowthLimit:
 def resident_bytes() -> int:
     """Resident set of this process; 0 where the system does not say (then nothing is ever returned early)."""
     try:
-        with open("/proc/self/statm", "rb") as statm:
-            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        statm = os.open("/proc/self/statm", os.O_RDONLY)  # without a file object around it: called for every batch
     except OSError:
         return 0
+    try:
+        return int(os.read(statm, 100).split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    finally:
+        os.close(statm)

@@ -293,12 +293,12 @@ def test_shares_are_contiguous_and_even(count):
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_batches_that_are_added_at_once_are_one_ranks(count, device):
-    """On a CPU four from 32 batches on, unless there are too few for that many ranks."""
-    for batches in (7, 27, 28, 31, 32, 33, 50, 64):
+    """On a CPU four from 32 batches on and eight from 64, unless there are too few for that many ranks."""
+    for batches in (7, 27, 28, 31, 32, 33, 50, 63, 64, 100):
         hows = [Calibration(SPEC, "gptq", torch.device(device), ranks=Ranks(rank, count)) for rank in range(count)]
         parts = [own_batches(batches, how) for how in hows]
         assert [i for part in parts for i in part] == list(range(batches))
-        unit = 4 if device == "cpu" and batches >= 32 else 1
+        unit = 1 if device == "cuda" or batches < 32 else 4 if batches < 64 else 8
         assert all(part.start % unit == 0 for part in parts)
         assert max(map(len, parts)) - min(map(len, parts)) <= 2 * unit - 1
 

@@ -42,7 +42,7 @@ def test_a_system_that_does_not_say_how_large_a_process_is(monkeypatch):
     def absent(*_):
         raise FileNotFoundError
 
-    monkeypatch.setattr("builtins.open", absent)
+    monkeypatch.setattr(os, "open", absent)
     assert heap.resident_bytes() == 0
 
 
