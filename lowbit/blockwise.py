@@ -35,7 +35,7 @@ __all__ = ["METHODS", "Calibration", "own_batches", "product_dtype", "quantize_b
 
 METHODS = ("gptq", "awq", "rtn", "awq+gptq")
 
-_HEAP_SLACK, _HEAP_MARGIN = 40 << 20, 16 << 20  # bytes: a batch takes less than the margin
+_HEAP_SLACK, _HEAP_MARGIN = 40 << 20, 16 << 20  # bytes; eval/results/notes.md has others
 _FEWEST_ROUNDED = 32  # batches whose products may be rounded to bfloat16
 _TOGETHER = {64: 8, 32: 4}  # from so many batches in all on, how many of them have their products summed in float32
 _MEMORY_SHARE = 0.3  # of the free memory that half-done batches may hold before blocks are run anew per stage
