@@ -37,7 +37,6 @@ METHODS = ("gptq", "awq", "rtn", "awq+gptq")
 
 _HEAP_SLACK, _HEAP_MARGIN = 40 << 20, 16 << 20  # bytes; eval/results/notes.md has others
 _FEWEST_ROUNDED = 32  # batches whose products may be rounded to bfloat16
-_TOGETHER = {64: 8, 32: 4}  # from so many batches in all on, how many of them have their products summed in float32
 _MEMORY_SHARE = 0.3  # of the free memory that half-done batches may hold before blocks are run anew per stage
 
 
@@ -367,7 +366,9 @@ def _together(batches: int, device: torch.device) -> int:
 
     On a CPU adding the products of each to sums in float64 takes an eighth of the time of multiplying them.
     """
-    return next((run for fewest, run in _TOGETHER.items() if device.type == "cpu" and batches >= fewest), 1)
+    if device.type != "cpu" or batches < 32:
+        return 1
+    return 4 if batches < 64 else 8  # longer runs are shared less evenly by ranks
 
 
 def own_batches(count: int, how: Calibration) -> range:

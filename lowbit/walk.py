@@ -377,7 +377,7 @@ class BlockRun:
         return x.reshape(-1, x.shape[-1])
 
     def finish(self, after_each: Callable[[], None] = lambda: None) -> None:
-        """Run every batch not yet finished to the block's end and store its outputs as the inputs' hidden states."""
+        """Run each unfinished batch to the block's end, store its outputs as hidden states, and call ``after_each``."""
         for batch in self.batches:
             if batch not in self._finished:
                 self.finish_batch(batch)

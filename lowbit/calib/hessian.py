@@ -128,7 +128,7 @@ class Hessian:
 
 
 def all_finite(x: Tensor) -> bool:
-    """Whether a float32 tensor holds neither NaN nor infinity: its sum in float64, which cannot overflow, tells."""
+    """Whether ``x``, of at most 32 bits, holds neither NaN nor infinity: its sum in float64 has room, and tells."""
     return math.isfinite(float(x.sum(dtype=torch.float64)))
 
 

@@ -21,7 +21,7 @@ __all__ = ["rtn_quantize", "search_grid", "search_grids"]
 
 _SMALLEST_SHRINK = {2: 0.25, 3: 0.35, 4: 0.5, 5: 0.6, 6: 0.7, 8: 0.85}
 _SHRINKS = {2: 16, 3: 16, 4: 16, 5: 32, 6: 32, 8: 32}  # the refits make up for a coarser step where scales are coarse
-_REFITS = 2  # four find grids of 1e-5 to 7e-4 less error, trying every range as well up to 5e-4
+_REFITS = 2  # four find grids of 1e-5 to 7e-4 less error
 # Weights searched at a time: bounds the temporaries to a few tens of MB; on a CPU they stay in the cache.
 _CHUNK, _CPU_CHUNK = 1 << 22, 1 << 18
 
@@ -99,7 +99,7 @@ class _Search:
         return [(zeros + shift).clamp_(0, self.spec.max_code) for shift in shifts]
 
     def shrink(self) -> None:
-        """Try ranges from the widest down: every other one, then those beside the best."""
+        """Try every other range from the widest down, then those beside the best; trying all gains 7e-4 at most."""
         smallest, count = _SMALLEST_SHRINK[self.spec.bits], _SHRINKS[self.spec.bits]
         factors, zeros = torch.linspace(1.0, smallest, count).tolist(), self._shifted(self.zeros)
         self.try_grids(((self.widest * factor, zeros) for factor in factors[2::2]), range(len(self.best)))
