@@ -119,6 +119,24 @@ def compile_all(plan: Iterable[Key], folder: Path = CACHE, workers: int | None =
 
 def compile_one(case: CompileCase, arch: int) -> Figures:
     """Compile here and now, without the cache. Raises whatever the compiler raises."""
+    kernel, sass, log = _compile(case, arch)
+    warps = case.mma_warps or case.options.get("num_warps", 4)
+    return Figures(
+        *_ptxas_figures(log),
+        shared=kernel.metadata.shared,
+        warnings=tuple(line.strip() for line in log.splitlines() if re.search(r"C75\d\d|warning", line)),
+        tcgen05="UTCHMMA" in sass or "UTCIMMA" in sass or "UTCQMMA" in sass,
+        loop=loop_figures(sass, tokens=case.tokens, warps=warps, weights=_loop_weights(case)),
+    )
+
+
+def machine_code(case: CompileCase, arch: int) -> str:
+    """The disassembly of one compilation, here and now."""
+    return _compile(case, arch)[1]
+
+
+def _compile(case: CompileCase, arch: int) -> tuple[Any, str, str]:
+    """The compiled kernel, its machine code and what the assembler said."""
     names = list(case.signature)
     make = GluonASTSource if case.kernel.is_gluon() else ASTSource
     source = make(
@@ -135,15 +153,7 @@ def compile_one(case: CompileCase, arch: int) -> Figures:
             kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(case.options))
         cubin = Path(scratch) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
-        sass = _disassemble(cubin)
-    warps = case.mma_warps or case.options.get("num_warps", 4)
-    return Figures(
-        *_ptxas_figures(log.getvalue()),
-        shared=kernel.metadata.shared,
-        warnings=tuple(line.strip() for line in log.getvalue().splitlines() if re.search(r"C75\d\d|warning", line)),
-        tcgen05="UTCHMMA" in sass or "UTCIMMA" in sass or "UTCQMMA" in sass,
-        loop=loop_figures(sass, tokens=case.tokens, warps=warps, weights=_loop_weights(case)),
-    )
+        return kernel, _disassemble(cubin), log.getvalue()
 
 
 def complaints(case: CompileCase, arch: int, figures: Figures) -> list[str]:

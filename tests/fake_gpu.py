@@ -316,9 +316,9 @@ def fake_gpu(
 
 def _clean(gpu: FakeGpu) -> None:
     """Forget what lowbit_kernels cached of a device (answers, counters), and Triton (kernels that can be launched)."""
-    from lowbit_kernels import epilogue, weight_only
+    from lowbit_kernels import epilogue, scaled, weight_only
 
-    for function in (weight_only.device_arch, weight_only.gpu_name):
+    for function in (weight_only.device_arch, weight_only.gpu_name, scaled.multiprocessors):
         function.cache_clear()
     epilogue._counters.clear()
     epilogue._next.clear()

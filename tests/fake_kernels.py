@@ -67,10 +67,36 @@ def _hopper(grid: tuple[int, int, int], a: dict[str, Any]) -> None:
         assert a["counters_ptr"].numel() >= tiles * consumers and not a["counters_ptr"][: tiles * consumers].any()
     x, words, scales, zeros = (a[f"{name}_desc"].base.as_subclass(Tensor) for name in "xwsz")
     groups = 1 if a["GROUP"] == -1 else a["K"] // a["GROUP"]
-    assert a["w_desc"].block_shape == [4, 8, 32] and a["x_desc"].block_shape == [a["BLOCK_M"], 128]
-    assert a["s_desc"].block_shape == a["z_desc"].block_shape == [block_n]
+    _check_blocks(a, block_n)
     assert torch.equal(a["scales_ptr"].view(-1), scales)
     _multiply(a, x, words.view(words.shape[0], -1, 16, 16), scales.view(groups, n), zeros.view(groups, n))
+
+
+def _check_blocks(a: dict[str, Any], block_n: int) -> None:
+    assert a["w_desc"].block_shape == [block_n // 16, 2 * a["BITS"], 32]
+    assert a["x_desc"].block_shape == [a["BLOCK_M"], 128]
+    assert a["s_desc"].block_shape == a["z_desc"].block_shape == [block_n]
+
+
+def _scaled(grid: tuple[int, int, int], a: dict[str, Any]) -> None:
+    m, n, programs, block_n = a["M"], a["N"], grid[0], 128 * a["BLOCKS"]
+    left = -(-m // a["BLOCK_M"]) * -(-n // block_n) % programs
+    assert grid == (programs, 1, 1) and max(1, left) <= a["sharers"] <= programs
+    if a["sharers"] > left > 0:
+        assert a["partials_ptr"].numel() >= 2 * programs * a["BLOCK_M"] * block_n
+        assert a["partials_ptr"].dtype == torch.float32 and a["counters_ptr"].dtype == torch.int32
+        assert a["counters_ptr"].numel() >= 2 * left and not a["counters_ptr"][: 2 * left].any()
+    x, words, scales, zeros = (a[f"{name}_desc"].base.as_subclass(Tensor) for name in "xwsz")
+    groups = 1 if a["GROUP"] == -1 else a["K"] // a["GROUP"]
+    _check_blocks(a, block_n)
+    assert x.dtype == torch.float16 and torch.equal(a["scales_ptr"].view(-1), scales)
+    assert a["HAS_TOKENS"] == (a["out_ptr"].dtype == torch.bfloat16)
+    if a["HAS_TOKENS"]:
+        assert len(a["tokens_ptr"]) % a["BLOCK_M"] == 0
+        x = x.double() * a["tokens_ptr"][:m].double()[:, None]
+    factor = torch.ones(2, n) if a["GROUP"] == -1 else a["rows_ptr"].as_subclass(Tensor)
+    scaled = (scales.view(groups, n).float() * factor[0]).half().double() * factor[1].double()
+    _multiply(a, x, words.view(words.shape[0], -1, 16, 16), scaled, zeros.view(groups, n))
 
 
 def _grouped(grid: tuple[int, int, int], a: dict[str, Any]) -> None:
@@ -145,16 +171,14 @@ def _factors(top: Tensor, exponent: int) -> Tensor:
     return torch.stack([factor, 1 / factor])
 
 
-def _narrow(grid: tuple[int, int, int], a: dict[str, Any]) -> None:
-    m, k = a["x_ptr"].shape
-    assert grid == (m, 1, 1) and (m, k) == (a["M"], a["K"]) and a["factors_ptr"].shape == (2, m)
-    a["factors_ptr"].copy_(_factors(a["x_ptr"].float().abs().amax(1), a["EXPONENT"]))
-    a["x16_ptr"].copy_(a["x_ptr"].float() * a["factors_ptr"][0, :, None])
-
-
-def _rows(grid: tuple[int, int, int], a: dict[str, Any]) -> None:
-    assert a["scales_ptr"].shape == (a["G"], a["N"]) and grid == (-(-a["N"] // a["BLOCK"]), 1, 1)
-    a["factors_ptr"].copy_(_factors(a["scales_ptr"].float().abs().amax(0) * a["TOP"], a["EXPONENT"]))
+def _to_halves(grid: tuple[int, int, int], a: dict[str, Any]) -> None:
+    m = a["TOKENS"]
+    assert a["scales_ptr"].shape == (a["G"], a["N"]) and grid == (m + -(-a["N"] // a["BLOCK_ROWS"]), 1, 1)
+    a["rows_ptr"].copy_(_factors(a["scales_ptr"].float().abs().amax(0) * a["TOP"], a["ROW_EXPONENT"]))
+    if m:
+        assert a["x_ptr"].shape == (m, a["K"]) and a["tokens_ptr"].shape == (2, a["PADDED"]) and a["PADDED"] >= m
+        a["tokens_ptr"][:, :m] = _factors(a["x_ptr"].float().abs().amax(1), a["TOKEN_EXPONENT"])
+        a["x16_ptr"].copy_(a["x_ptr"].float() * a["tokens_ptr"][0, :m, None])
 
 
 def _widen(grid: tuple[int, int, int], a: dict[str, Any]) -> None:
@@ -162,7 +186,7 @@ def _widen(grid: tuple[int, int, int], a: dict[str, Any]) -> None:
     assert part.data_ptr() == out.data_ptr() and part.stride() == out.stride() == (a["N"], 1)
     assert part.shape == out.shape == (a["M"], a["ROWS"]) and len(a["rows_ptr"]) == a["ROWS"]
     assert grid == (-(-a["ROWS"] // a["BLOCK_N"]), -(-a["M"] // a["BLOCK_M"]), 1)
-    sums = part.double() * a["tokens_ptr"].double()[:, None] * a["rows_ptr"].double()
+    sums = part.double() * a["tokens_ptr"][: a["M"]].double()[:, None] * a["rows_ptr"].double()
     out.copy_(sums + a["bias_ptr"].double() if a["HAS_BIAS"] else sums)
 
 
@@ -199,8 +223,8 @@ _ACTED: dict[str, Callable[[tuple[int, int, int], dict[str, Any]], None]] = {
     "grouped_int8_kernel": _grouped_int8,
     "run_sums_kernel": _run_sums,
     "_dequantize_kernel": _dequantize,
-    "narrow_tokens_kernel": _narrow,
-    "row_factors_kernel": _rows,
+    "scaled_kernel": _scaled,
+    "to_halves_kernel": _to_halves,
     "widen_kernel": _widen,
     "_quantize_kernel": _quantize,
     "_int8_matmul_kernel": _int8,

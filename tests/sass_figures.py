@@ -11,7 +11,16 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-__all__ = ["INTEGER", "Instruction", "LoopFigures", "instructions", "loop_figures", "macs", "main_loop"]
+__all__ = [
+    "INTEGER",
+    "Instruction",
+    "LoopFigures",
+    "instructions",
+    "loop_figures",
+    "macs",
+    "main_loop",
+    "product_loops",
+]
 
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-Za-z0-9_.]*)([^;]*);", re.MULTILINE)
 _TARGET = re.compile(r"0x([0-9a-f]+)")
@@ -182,3 +191,24 @@ def _left_operands(gmma: list[Instruction]) -> str:
         operands = [part.strip() for part in instruction.operands.split(",")]
         kinds.add("shared" if operands[1].startswith("gdesc") else "registers")
     return "both" if len(kinds) == 2 else next(iter(kinds), "")
+
+
+def product_loops(sass: str) -> list[list[Instruction]]:
+    """Every innermost loop with asynchronous products, one per warpgroup. Waits' retries jump back too, but always."""
+    found = [
+        (int(m[1], 16), m[2], Instruction(int(m[1], 16), m[3], m[4].strip()))
+        for m in map(_LINE.match, sass.splitlines())
+        if m
+    ]
+    ranges = []
+    for address, guard, one in found:
+        target = _TARGET.search(one.operands)
+        if one.opcode == "BRA" and guard and target and int(target[1], 16) <= address:
+            body = [other for at, _, other in found if int(target[1], 16) <= at <= address]
+            if any(other.base == "HGMMA" for other in body):
+                ranges.append((int(target[1], 16), address, body))
+    return [
+        body
+        for low, high, body in ranges
+        if not any((a, b) != (low, high) and low <= a and b <= high for a, b, _ in ranges)
+    ]

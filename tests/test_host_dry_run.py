@@ -33,7 +33,7 @@ from lowbit_kernels import epilogue, weight_only  # noqa: E402
 from lowbit_kernels.hopper_plan import gluon_why_not  # noqa: E402
 from lowbit_kernels.int8 import int8_linear, int8_matmul  # noqa: E402
 from lowbit_kernels.int8_tiles import TILES  # noqa: E402
-from lowbit_kernels.tiles import Problem, Tile, fits  # noqa: E402
+from lowbit_kernels.tiles import FAMILIES, Problem, Tile, fits  # noqa: E402
 
 BF16 = torch.bfloat16
 CUDA = torch.device("cuda")
@@ -63,7 +63,7 @@ def test_every_shipped_tile_is_launched_with_the_right_arguments(arch):
     dtypes = [BF16, torch.float16]
     run = 0
     with fake_gpu(arch) as gpu:
-        for number, tile in enumerate(shipped_tiles(arch, ("triton", "gluon", "dequant"))):
+        for number, tile in enumerate(shipped_tiles(arch, FAMILIES)):
             for shift in range(2):
                 m, n, k = shapes[(number + shift) % len(shapes)]
                 bits, group, asymmetric = kinds[(2 * number + 3 * shift + run) % len(kinds)]
@@ -196,7 +196,14 @@ def test_gpu_check_from_beginning_to_end(tmp_path, capsys):
     assert any(name.startswith("gluon bfloat16") for name in checks) and "CUDA graph capture" in checks
     assert {record["part"] for record in records} == {"correct", "limits", "w4a16", "w8a8", "cold", "host"}
     contestants = {name for record in records if record["part"] == "w4a16" for name in record["seconds"]}
-    assert contestants >= {"lowbit", "lowbit gluon", "lowbit dequant", "lowbit with atomics", "cublas bf16"}
+    assert contestants >= {
+        "lowbit",
+        "lowbit gluon",
+        "lowbit scaled",
+        "lowbit dequant",
+        "lowbit with atomics",
+        "cublas bf16",
+    }
     assert "w4a16" in capsys.readouterr().out
 
 

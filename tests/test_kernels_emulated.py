@@ -31,7 +31,7 @@ SUITE = {
     90: {
         "triton bfloat16": 8, "triton float16": 8, "triton same bits": 3, "dequant bfloat16": 8, "dequant float16": 8,
         "grouped": 10, "w8a8": 9, "batch invariance": 1, "dispatched": 3, "gluon bfloat16": 7,
-        "gluon float16": 7, "gluon same bits": 3,
+        "gluon float16": 7, "gluon same bits": 3, "scaled bfloat16": 7, "scaled float16": 7, "scaled same bits": 2,
     },
     80: {"triton bfloat16": 8, "grouped bfloat16": 3, "w8a8 bfloat16": 4},
     120: {"triton bfloat16": 8, "grouped w8a8": 2, "dequant bfloat16": 8},
@@ -57,7 +57,7 @@ def test_the_suite_of_gpu_check_passes(arch, beginning):
                 run += 1
     assert run == SUITE[arch][beginning]
     for kernel, counts in gpu.counts.items():
-        if kernel != "row_factors_kernel":  # a reduction over the scales, not measured to matter
+        if kernel != "to_halves_kernel":  # a reduction over the scales, not measured to matter
             assert_banks_do_not_conflict(counts)
 
 
@@ -76,7 +76,7 @@ def test_every_shipped_tile_computes_what_it_should(arch):
     dtypes = [BF16, torch.float16]
     run = 0
     with emulated_gpu(arch) as gpu:
-        for number, tile in enumerate(shipped_tiles(arch, ("triton", "gluon"))):
+        for number, tile in enumerate(shipped_tiles(arch, ("triton", "gluon", "scaled"))):
             m, n, k = shapes[number % len(shapes)]
             bits, group, asymmetric = kinds[(2 * number + run) % len(kinds)]
             problem = Problem(m, n, k, bits, group, dtypes[number % 2], asymmetric)
@@ -89,7 +89,7 @@ def test_every_shipped_tile_computes_what_it_should(arch):
             error = relative_rms(packed(x, bias, tile=tile), reference(x, packed, bias))
             assert error < check_correct.limit_of(problem.dtype, m * n), (tile, problem)
             run += 1
-        for kernel in ("weight_only_kernel", "hopper_kernel")[: 2 if arch == 90 else 1]:
+        for kernel in ("weight_only_kernel", "hopper_kernel", "scaled_kernel")[: 3 if arch == 90 else 1]:
             assert_banks_do_not_conflict(gpu.counts[kernel], {"ld.shared", "ldmatrix"})
     assert run >= 5
 

@@ -21,7 +21,7 @@ if not INTERPRETING:
 
 else:
     from lowbit_kernels import prefill
-    from lowbit_kernels.halves import narrow_tokens, row_factors, widen
+    from lowbit_kernels.halves import PADDING, to_halves, widen
     from lowbit_kernels.layout import to_tiles
 
     def multiply(case, x, scale=1.0, bias=None, chunk=None, monkeypatch=None):
@@ -44,7 +44,8 @@ else:
         actual, expected = multiply(case, torch.randn(case.m, case.k).half(), bias=bias)
         assert_close(actual, expected, **tolerance(torch.float16, 3, k=case.k))
 
-    def test_tokens_and_rows_of_any_magnitude():
+    @pytest.mark.parametrize("fp32_sums", [False, True])
+    def test_tokens_and_rows_of_any_magnitude(fp32_sums):
         """Each token and each row has its own: what would overflow float16, or vanish in it, does not."""
         case = Case(6, 40, 256, 4, 64)
         x = torch.randn(6, 256) * torch.tensor([1e-30, 1e-5, 1.0, 1e3, 1e10, 1e30])[:, None]
@@ -53,18 +54,41 @@ else:
         qw = random_quantized(40, 256, case.spec, torch.float32)
         scales = qw.scales * weights[:, None]
         tiles, scales_gn, _ = to_tiles(pack_codes(qw.codes, 4), scales, None, 4, 256)
-        (x16, tokens), rows = narrow_tokens(x), row_factors(scales_gn, 4)
+        x16, tokens, rows = to_halves(x, scales_gn, 4, fp32_sums=fp32_sums)
         wide = torch.empty(40, 256, dtype=torch.float16)
         prefill.dequantize_rows(wide, tiles, scales_gn, None, 0, bits=4, group_size=64, factors=rows[0])
-        assert torch.equal(tokens[0] * tokens[1], torch.ones(6)) and torch.equal(rows[0] * rows[1], torch.ones(40))
+        assert tokens.shape == (2, PADDING) and rows.shape == (2, 40)
+        assert torch.equal(tokens[0, :6] * tokens[1, :6], torch.ones(6))
+        assert torch.equal(rows[0] * rows[1], torch.ones(40))
         assert x16.isfinite().all() and wide.isfinite().all()
         sums = x16.double() @ wide.double().t()
-        assert sums.abs().max() <= 2**15 and (256 * x16.abs().max().double() * wide.abs().max().double()) <= 2**15
+        if fp32_sums:
+            assert x16.abs().amax(1).min() >= 2**14 and x16.abs().max() < 2**15 and wide.abs().max() < 2**15
+        else:
+            assert sums.abs().max() <= 2**15 and (256 * x16.abs().max().double() * wide.abs().max().double()) <= 2**15
         weight = dequantize(type(qw)(qw.codes, scales.double(), None, qw.spec), torch.float64)
-        found = sums * tokens[1].double()[:, None] * rows[1].double()
+        found = sums * tokens[1, :6].double()[:, None] * rows[1].double()
         # a sum may cancel; against the lengths of its token and its row every element is right
         error = (found - x.double() @ weight.t()) / (x.double().norm(dim=1)[:, None] * weight.norm(dim=1))
         assert error.abs().max() < 2**-11
+
+    @pytest.mark.parametrize(("k", "groups"), [(2049, 3), (40000, 1), (128, 300)])
+    def test_tokens_and_scales_of_any_number(k, groups, monkeypatch):
+        """Longer than a block, and more groups than one: the largest is found wherever it is."""
+        from lowbit_kernels import halves
+
+        monkeypatch.setattr(halves, "LONGEST", 1 << 14)
+        x, scales = torch.randn(3, k).clamp(-4, 4), torch.rand(groups, 17)
+        x[torch.arange(3), torch.tensor([0, k // 2, k - 1])] = torch.tensor([5.0, -70.0, 900.0])
+        scales[groups - 1, 5], scales[groups // 2, 16] = 3.0, 40.0
+        x16, tokens, rows = to_halves(x, scales, 8, fp32_sums=True)
+        for top, factor in ((x.abs().amax(1), tokens[0, :3]), (scales.amax(0) * 256, rows[0])):
+            assert ((top * factor >= 2**14) & (top * factor < 2**15)).all()
+        assert torch.equal(x16, (x * tokens[0, :3, None]).half())
+
+    def test_rows_alone():
+        x16, tokens, rows = to_halves(None, torch.ones(2, 5), 4, fp32_sums=True)
+        assert x16 is None and tokens is None and torch.equal(rows[0], torch.full((5,), 2.0**10))
 
     def test_what_is_not_a_number_stays_in_its_row():
         x = torch.randn(6, 256).half()

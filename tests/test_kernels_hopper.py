@@ -24,7 +24,6 @@ from lowbit_kernels.hopper_plan import (
     reps,
     runs_of_step,
     slot_of,
-    unit_slot,
 )
 from lowbit_kernels.layout import to_tiles
 from lowbit_kernels.tiles import Problem, Tile
@@ -72,9 +71,9 @@ def words_of(floats, bf16):
     return words
 
 
-def execute(text, word, centre, bf16):
-    """Run pair_text's PTX on uint32 arrays."""
-    held = {"$1": word, "$2": centre}
+def execute(text, word, *others, bf16):
+    """Run pair_text's PTX on uint32 arrays: the word, then the centre, the factor, or both."""
+    held = {"$1": word} | {f"${i}": other for i, other in enumerate(others, 2)}
 
     def value(name):
         return held[name] if name in held else np.full_like(word, int(name, 0))
@@ -98,6 +97,9 @@ def execute(text, word, centre, bf16):
         elif name.startswith("add.rn"):
             a, b = (halves_of(value(r), bf16) for r in rest)
             held[target] = words_of(a + b, bf16)
+        elif name == "mul.rn.f16x2":
+            a, b = (halves_of(value(r), bf16) for r in rest)
+            held[target] = words_of((a * b).astype(np.float16).astype(np.float64), bf16)
         else:
             raise AssertionError(f"{name} is not emulated")
     return held["$0"]
@@ -120,21 +122,39 @@ def test_every_half_word_becomes_its_code_less_its_zero_exactly(bits, bf16):
     for index in range(16 // bits):
         shifted = (words.view(np.int32) >> pair_shift(bits, bf16, index)).view(np.uint32)
         codes = np.stack([every, np.roll(every, 12345)]) >> np.uint32(bits * index) & np.uint32(2**bits - 1)
-        got = halves_of(execute(pair_text(bits, bf16, index, False), shifted, words, bf16), bf16)
+        got = halves_of(execute(pair_text(bits, bf16, index, False), shifted, bf16=bf16), bf16)
         assert np.array_equal(got, codes.astype(np.float64) - 2 ** (bits - 1))
         for zero in range(2**bits):
             part = slice(zero, None, 2**bits if bits == 8 else 1)  # each zero with other codes; all of them in the sum
             centre = centre_word(np.full(shifted[part].shape, zero), bits, bf16)
-            got = halves_of(execute(pair_text(bits, bf16, index, True), shifted[part], centre, bf16), bf16)
+            got = halves_of(execute(pair_text(bits, bf16, index, True), shifted[part], centre, bf16=bf16), bf16)
             assert np.array_equal(got, codes[:, part].astype(np.float64) - zero)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_scaled_pair_is_the_exact_difference_times_a_half_rounded_once(bits, zeros):
+    """What the scaled family multiplies: every code, in either half of a word, by scales of every magnitude."""
+    words = np.arange(1 << 16, dtype=np.uint32)
+    words |= words << 16
+    zero = 3 if zeros else 2 ** (bits - 1)
+    centre = [centre_word(np.full(words.shape, zero), bits, False)] if zeros else []
+    for scale in np.float16([2.0**-24, 1e-5, 0.37, 1.0, 63.9, 2.0**6]):
+        factor = words_of(np.full((2, len(words)), scale, np.float64), False)
+        for index in range(16 // bits):
+            shifted = (words.view(np.int32) >> pair_shift(bits, False, index)).view(np.uint32)
+            codes = (words >> np.uint32(bits * index) & np.uint32(2**bits - 1)).astype(np.float64)
+            got = halves_of(execute(pair_text(bits, False, index, zeros, True), shifted, *centre, factor, bf16=False),
+                            False)  # fmt: skip
+            assert np.array_equal(got, np.stack([((codes - zero) * scale).astype(np.float16)] * 2).astype(np.float64))
 
 
 def test_wrong_assembly_is_seen():
     words = np.arange(1 << 16, dtype=np.uint32)
     good = pair_text(4, True, 0, False)
     for old, new in (("0xea", "0x6a"), ("0x000f000f", "0x000f0007"), ("0xc308c308", "0xc308c309")):
-        bad = execute(good.replace(old, new), words | words << 16, words, True)
-        same = np.array_equal(bad, execute(good, words | words << 16, words, True))
+        bad = execute(good.replace(old, new), words | words << 16, bf16=True)
+        same = np.array_equal(bad, execute(good, words | words << 16, bf16=True))
         assert same == (old == "0xea")  # below 128 "or" is "xor": the only change that must not matter
 
 
@@ -157,7 +177,7 @@ def test_a_lane_loads_the_words_of_its_own_part_of_the_register_operand(bits):
     rows 16w + l / 4 + 8 (r odd), columns 2 (l % 4) + 8 (r >= 2) and the next. All from the lane's own two loads."""
     codes, _, _, tiles = weight(np.random.default_rng(0), 64, 512 // bits, bits, -1, False)
     block = tiles[:, 0].reshape(4, 8, 32)
-    unit, _ = hopper._register_layouts()
+    unit, _ = hopper.register_layouts()
     bases = (unit.reg_bases, unit.lane_bases, unit.warp_bases)
     for warp in range(4):
         for lane in range(32):
@@ -174,7 +194,7 @@ def test_a_lane_loads_the_words_of_its_own_part_of_the_register_operand(bits):
 
 def test_loads_of_words_meet_no_bank_twice():
     """Eight lanes at a time read 16 bytes each of the 128-byte swizzled ring: all 32 banks once."""
-    unit, _ = hopper._register_layouts()
+    unit, _ = hopper.register_layouts()
     for load in (0, 4):
         for first in range(0, 32, 8):
             banks = set()
@@ -219,10 +239,7 @@ def multiply(x, tiles, scales, zeros, row, token, steps, first, problem, tile):
     for i in range(steps):
         slot, step = slot_of(i, tile.num_stages), first + i
         x_ring[slot] = box(x, (token, step * 128), (tile.block_m, 128))
-        for block in range(blocks):
-            for u in range(units):
-                origin = (row // 16 + 4 * block, (step * units + u) * 8, 0)
-                w_ring[unit_slot(slot, block, u, blocks, units)] = box(lines, origin, (4, 8, 32))
+        w_ring[slot] = box(lines, (row // 16, step * units * 8, 0), (4 * blocks, 8 * units, 32))
         for run in range(runs):
             at = group_of(step, run, k, group, runs) * problem.n + row
             rows_ring[slot * runs + run] = [box(a, (at,), (tile.block_n,)) for a in (flat_scales, flat_zeros)]
@@ -231,7 +248,8 @@ def multiply(x, tiles, scales, zeros, row, token, steps, first, problem, tile):
         for block in range(blocks):
             last = np.minimum(row + 64 * block + np.arange(64), problem.n - 1)
             for column in range(0, 128, columns):
-                words = w_ring[unit_slot(slot, block, column // (512 // bits), blocks, units)]
+                unit = column // (512 // bits)
+                words = w_ring[slot][4 * block : 4 * block + 4, 8 * unit : 8 * unit + 8]
                 if runs:
                     scale, zero = (a[64 * block :][:64] for a in rows_ring[slot * runs + column // run_columns])
                 else:

@@ -18,6 +18,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from lowbit_kernels import hopper, hopper_plan
 from lowbit_kernels.hopper_plan import gluon_shared_bytes, gluon_why_not, reps, runs_of_step
 from lowbit_kernels.tiles import Problem, Tile
+from sass_figures import product_loops
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -92,24 +93,6 @@ def test_barriers_are_fenced_before_the_roles_part(compiled):
     assert begun < fence < next(i for i, line in enumerate(lines) if "mbarrier.try_wait" in line)
 
 
-def inner_loops(sass):
-    """Innermost loops with products: lists of (opcode, operands). Waits' retries jump back too, but always."""
-    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", sass)
-    code = [(int(address, 16), op, rest, guard) for address, guard, op, rest in found]
-    ranges = []
-    for address, op, rest, guard in code:
-        target = re.search(r"0x([0-9a-f]+)", rest)
-        if op == "BRA" and guard and target and int(target[1], 16) <= address:
-            body = [c for c in code if int(target[1], 16) <= c[0] <= address]
-            if any(c[1].startswith("HGMMA") for c in body):
-                ranges.append((int(target[1], 16), address, body))
-    return [
-        [c[1:3] for c in body]
-        for low, high, body in ranges
-        if not any((a, b) != (low, high) and low <= a and b <= high for a, b, _ in ranges)
-    ]
-
-
 def test_fragments_are_made_while_the_tensor_cores_work(compiled, tmp_path):
     """In each loop: one wait per piece, and conversions between a product's issue and its wait.
 
@@ -120,9 +103,10 @@ def test_fragments_are_made_while_the_tensor_cores_work(compiled, tmp_path):
     cubin.write_bytes(kernel.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    loops = inner_loops(sass)
+    loops = product_loops(sass)
     assert len(loops) == tile.num_warps // 4
-    for loop in loops:
+    for body in loops:
+        loop = [(one.opcode, one.operands) for one in body]
         products = [op for op, _ in loop if op.startswith("HGMMA")]
         assert len(products) == 8 * reps(tile)  # all 128 columns of each 64 rows, by 16
         assert sum(op.startswith("WARPGROUP.DEPBAR") for op, _ in loop) == reps(tile) * problem.bits // 4
@@ -185,4 +169,4 @@ def test_cpu_tensors_are_refused_before_anything_runs():
 def test_a_triton_without_gluon_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton.experimental.gluon", None)
     with pytest.raises(RuntimeError, match=r"needs triton 3\.6"):
-        hopper._gluon()
+        hopper.gluon_language()

@@ -1,7 +1,9 @@
 """The emulator of test_kernels_emulated.py: arithmetic as the PTX ISA defines it, and faults that it must see."""
 
 import random
+import re
 import struct
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed (it exists for Lin
 from check_layers import random_packed
 
 import emulated_gpu as emulation
+from lowbit_kernels import scaled
 from lowbit_kernels.tiles import Tile
 from ptx_code import Code
 from ptx_machine import Deadlock, Machine
@@ -195,13 +198,18 @@ def test_what_is_not_known_is_an_error():
 
 
 TRITON, GLUON = Tile("triton", 16, 64, 2, 4, 3), Tile("gluon", 16, 128, 2, 4, 2)
+SCALED = Tile("scaled", 64, 128, 2, 8, 2)
 
 
-def launch(tile, late=True, tokens=5):
-    """5 tokens by 128 rows of 768 columns; the machine is the one that earlier launches compiled."""
-    with emulation.emulated_gpu(90, seed=0, late=late):
-        packed = random_packed(128, 768, 4, 128, torch.bfloat16, CUDA)
-        return packed(torch.randn(tokens, 768, device=CUDA).to(torch.bfloat16), tile=tile)
+def launch(tile, late=True):
+    """5 tokens by 128 rows of 768 columns; the machine is the one that earlier launches compiled.
+
+    The scaled family has 3 tiles for 2 programs: each has one, and half of the third.
+    """
+    tokens, k = (130, 384) if tile.family == "scaled" else (5, 768)
+    with emulation.emulated_gpu(90, seed=0, late=late), mock.patch.object(scaled, "multiprocessors", lambda _: 2):
+        packed = random_packed(128, k, 4, 128, torch.bfloat16, CUDA)
+        return packed(torch.randn(tokens, k, device=CUDA).to(torch.bfloat16), tile=tile)
 
 
 @pytest.fixture
@@ -209,7 +217,9 @@ def machine(request):
     """The machine that :func:`launch` with the test's tile uses; its program is mended afterwards."""
     emulation._machines.clear()
     launch(request.getfixturevalue("tile"))
-    (found,) = [machine for machine, _ in emulation._machines.values() if "sums" not in machine.program.name]
+    (found,) = [
+        machine for machine, _ in emulation._machines.values() if not re.search("sums|halves", machine.program.name)
+    ]
     before = list(found.program.instructions)
     yield found
     found.program.instructions[:], found.code = before, Code(found.program)
@@ -249,6 +259,9 @@ def faults(machine, tile, place):
         (GLUON, "wgmma.wait_group", {PtxError}),
         (GLUON, "mbarrier.try_wait", {Race, PtxError}),
         (GLUON, "mbarrier.arrive", {Deadlock, PtxError}),
+        (SCALED, "wgmma.wait_group", {PtxError}),
+        (SCALED, "mbarrier.try_wait", {Race, PtxError}),
+        (SCALED, "mbarrier.arrive", {Deadlock, PtxError}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -271,7 +284,17 @@ def test_the_barriers_around_split_k_and_of_the_main_loop_are_missed(machine, ti
     assert min(place for place in places if place > atomic) in missed, "before others' partial sums are read"
 
 
-@pytest.mark.parametrize("tile", [TRITON, GLUON], ids=["triton", "gluon"])
+@pytest.mark.parametrize("tile", [SCALED], ids=["scaled"])
+def test_the_barriers_around_shared_tiles_are_missed(machine, tile):
+    """Both warpgroups: all stores before the one announcement, all loads after it."""
+    barriers, atomics = instructions(machine, "bar", "sync"), instructions(machine, "atom")
+    assert len(atomics) == 2
+    for atomic in atomics:
+        for place in (max(b for b in barriers if b < atomic), min(b for b in barriers if b > atomic)):
+            assert faults(machine, tile, place), machine.program.instructions[place].text
+
+
+@pytest.mark.parametrize("tile", [TRITON, GLUON, SCALED], ids=["triton", "gluon", "scaled"])
 def test_an_access_outside_of_the_tensors_is_seen(machine, tile):
     """The kernel is told of more rows of the weight than its tensors have."""
     run = machine.run
@@ -286,7 +309,7 @@ def test_an_access_outside_of_the_tensors_is_seen(machine, tile):
     del machine.run
 
 
-@pytest.mark.parametrize("tile", [Tile("gluon", 16, 256, 1, 8, 2)], ids=["gluon, two warpgroups"])
+@pytest.mark.parametrize("tile", [Tile("gluon", 16, 256, 1, 8, 2), SCALED], ids=["gluon, two warpgroups", "scaled"])
 def test_registers_that_nobody_gives_up_are_a_deadlock(machine, tile):
     """setmaxnreg of both consumers and the producer add up to what the program was given, and to no more."""
     places = instructions(machine, "setmaxnreg")

@@ -17,7 +17,7 @@ from tune_model import CHIPS, predict
 from tune_table import shipped_tiles
 
 from lowbit_kernels.dispatch import choose, fill_split
-from lowbit_kernels.tiles import Problem, Tile, cdiv, fits, step_columns
+from lowbit_kernels.tiles import FAMILIES, HOPPER, Problem, Tile, cdiv, fits, step_columns
 from lowbit_kernels.weight_only import device_arch, gpu_name
 
 __all__ = ["LIMITS", "Check", "CheckFailed", "checks", "family_tile", "limit_of", "work_of_checks"]
@@ -25,9 +25,11 @@ __all__ = ["LIMITS", "Check", "CheckFailed", "checks", "family_tile", "limit_of"
 LIMITS = {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 1e-5}
 """Largest relative RMS error against float64, by the result's dtype: one rounding and little more."""
 HALF = torch.float16
+ROUNDING = ("scaled", "dequant")
+"""Families that round weights, to fp16: scaled in the register operand, dequant for cuBLAS."""
 ROUNDED_WEIGHTS = 1.3
-"""Factor on LIMITS for the dequant family in fp16, whose weights are rounded too: sqrt(2) of 2.07e-4 in the mean, and a
-little for results of few elements. In bf16 its weights are rounded to fp16, which keeps to the limit."""
+"""Factor on LIMITS for them with fp16 results: sqrt(2) of 2.07e-4 in the mean, and a little for results of few
+elements. With bf16 results, whose own rounding is eight times as coarse, they keep to the limit."""
 RUNS = 20
 
 
@@ -46,7 +48,7 @@ class Check:
 def checks(device: torch.device, arch: int, *, tiny: bool, without: Sequence[str] = ()) -> Iterator[Check]:
     """Every check for this machine: on a CPU (the interpreter) in float16 alone, without what only a GPU has.
 
-    Gluon comes last: it synchronises by hand, and if it never ends, everything else has been checked by then.
+    The Gluon kernels come last: they synchronise by hand, and if one never ends, everything else has been checked.
 
     Args:
         tiny: shapes that take no time, for a first look and for the interpreter.
@@ -65,8 +67,9 @@ def checks(device: torch.device, arch: int, *, tiny: bool, without: Sequence[str
     yield from _dispatched(dtypes[0], device, tiny)
     if on_gpu:
         yield from _machinery(device, dtypes[0], tiny)
-    if on_gpu and arch == 90 and "gluon" not in without:
-        yield from _of_family("gluon", dtypes, device, arch, tiny)
+    for family in HOPPER if on_gpu and arch == 90 else ():
+        if family not in without:
+            yield from _of_family(family, dtypes, device, arch, tiny)
 
 
 def _of_family(
@@ -87,12 +90,12 @@ def limit_of(dtype: torch.dtype, elements: int, tile: Tile | None = None) -> flo
     120, 1.0 for 400; simulated). So results of less than 1024 get ``1 + 4 / sqrt(elements)``.
     """
     few = 1 + 4 / max(1, elements) ** 0.5 if elements < 1024 else 1.0
-    return few * LIMITS[dtype] * (ROUNDED_WEIGHTS if tile and tile.family == "dequant" and dtype == HALF else 1.0)
+    return few * LIMITS[dtype] * (ROUNDED_WEIGHTS if tile and tile.family in ROUNDING and dtype == HALF else 1.0)
 
 
 def work_of_checks(arch: int) -> Iterator[tuple[Problem, Tile]]:
     """Problem and tile of the suite's random cases, to compile them ahead."""
-    for family in ("triton", "gluon", "dequant"):
+    for family in FAMILIES:
         for m, n, k, bits, group, asymmetric, _ in _shapes(False):
             for dtype in (torch.bfloat16, torch.float16) if arch >= 80 else (torch.float16,):
                 problem = Problem(m, n, k, bits, group, dtype, asymmetric)
@@ -214,8 +217,8 @@ def _adversarial(family: str, dtype: torch.dtype, device: torch.device, arch: in
             # the group sums cancel almost wholly in "cancelling": its scale is the sum of the terms, not the result's
             worst = 0.0
             for name, x in inputs:
-                if name in ("cancelling", "mean 1") and family == "dequant":
-                    continue  # that family rounds the weights, as cuBLAS' operands must be
+                if name in ("cancelling", "mean 1") and family in ROUNDING:
+                    continue  # errors of rounded weights do not cancel as the sums do
                 if name == "zeros":
                     if packed(x.to(dtype), tile=tile).abs().max().item() != 0:
                         raise CheckFailed(f"{where}, {name}: the result of zeros is not zero")
@@ -231,7 +234,7 @@ def _adversarial(family: str, dtype: torch.dtype, device: torch.device, arch: in
 def _one_hot(packed: Packed, dtype: torch.dtype, device: torch.device, tile: Tile, where: str) -> None:
     """x with a single 1 reads one column of W, rounded once: equal bit for bit.
 
-    The dequant family rounds to float16 before it rounds to bf16, and so may end one unit in the last place away.
+    Families that round to float16 before they round to bf16 may end one unit in the last place away.
     """
     columns = torch.linspace(0, packed.k - 1, 8).long().tolist()
     x = torch.zeros(len(columns), packed.k, device=device, dtype=dtype)
@@ -239,7 +242,7 @@ def _one_hot(packed: Packed, dtype: torch.dtype, device: torch.device, tile: Til
         x[row, column] = 1
     expected = dense_weight(packed, torch.float64)[:, columns].t().to(dtype)
     out = packed(x, tile=tile)
-    unit = 2**-7 if tile.family == "dequant" and dtype == torch.bfloat16 else 0.0
+    unit = 2**-7 if tile.family in ROUNDING and dtype == torch.bfloat16 else 0.0
     right = (out.double() - expected.double()).abs() <= unit * expected.double().abs()
     if not bool(right.all()):
         bad = (~right).nonzero()

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from check_layers import random_packed, reference, relative_rms
 
-from lowbit_kernels.tiles import Tile
+from lowbit_kernels.tiles import FAMILIES, HOPPER, Tile
 
 __all__ = ["captured", "compiled_fullgraph", "far_offsets", "sanitize", "sanitized_launches"]
 
@@ -120,8 +120,8 @@ def sanitized_launches(without: Sequence[str] = ()) -> int:
     arch, launched = 10 * major + minor, 0
     for bits, asymmetric in ((4, True), (8, False)):
         packed = random_packed(200, 512, bits, 128, torch.float16, device, asymmetric=asymmetric)
-        for family in ("triton", "gluon", "dequant"):
-            if family in without or (family == "gluon" and major != 9):
+        for family in FAMILIES:
+            if family in without or (family in HOPPER and major != 9):
                 continue
             for m in (1, 20):
                 tile = family_tile(family, packed.problem(m), arch)

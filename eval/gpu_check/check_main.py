@@ -5,7 +5,7 @@
     scripts/gpu_check --out FOLDER --parts w4a16      one part; `correct` is run first whatever is named
     scripts/gpu_check --interpret --out FOLDER        the correctness suite on the CPU, tiny, by Triton's interpreter
     scripts/gpu_check --tiny --out FOLDER             every part at sizes that take no time: does all of it run at all?
-    scripts/gpu_check --without gluon --out FOLDER    neither checks nor measures that family, should it never end
+    scripts/gpu_check --without scaled --out FOLDER   neither checks nor measures that family, should it never end
     scripts/gpu_check --dry-run                       the plan
 
 Needs torch and triton; runs from a checkout with nothing installed. Peers are measured when they are importable
@@ -26,7 +26,7 @@ from pathlib import Path
 PARTS = ("correct", "limits", "w4a16", "w8a16", "w8a8", "cold", "host", "sanitizer", "model")
 DEFAULT_PEERS = ("aten int4", "aten int8", "humming", "marlin")
 OTHER_PEERS = ("gemlite",)
-FAMILIES = ("gluon",)
+FAMILIES = ("gluon", "scaled")
 """That may be left out: no table that is shipped picks them."""
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 3
 
@@ -43,7 +43,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="keep finished cases of the same sources and machine")
     parser.add_argument("--interpret", action="store_true", help="correctness on the CPU, tiny sizes")
     parser.add_argument("--tiny", action="store_true", help="tiny layers, short suite; its times mean nothing")
-    parser.add_argument("--without", default="", metavar="FAMILY", help=f"leave out, of {', '.join(FAMILIES)}")
+    parser.add_argument(
+        "--without", default="", metavar="FAMILY", help=f"leave out, comma-separated, of {', '.join(FAMILIES)}"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and end")
     parser.add_argument("--sanitized-launches", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -21,7 +21,7 @@ from check_time import GraphTimer
 from torch import Tensor
 
 from lowbit_kernels.dispatch import choose
-from lowbit_kernels.tiles import Problem, Tile
+from lowbit_kernels.tiles import FAMILIES, HOPPER, Problem, Tile
 
 __all__ = ["MODES", "TOKENS", "Point", "free_memory", "measure", "points", "work_of_points"]
 
@@ -150,8 +150,8 @@ def _lowbit_tiles(problem: Problem, arch: int, gpu: str) -> dict[str, Tile]:
     """The dispatcher's choice, and each family's most promising tile where it is another one."""
     chosen = choose(problem, arch, gpu_name=gpu)
     found = {"lowbit": chosen}
-    for family in ("triton", "gluon", "dequant"):
-        if family == "gluon" and arch != 90:
+    for family in FAMILIES:
+        if family in HOPPER and arch != 90:
             continue
         tile = family_tile(family, problem, arch, _multiprocessors())
         if tile is not None and tile != chosen:

@@ -19,14 +19,14 @@ from check_report import GOALS
 from tune_model import CHIPS, SLOTS_PER_WEIGHT, predict, predict_dense, predict_int8
 
 from lowbit_kernels.dispatch import choose
-from lowbit_kernels.tiles import Problem
+from lowbit_kernels.tiles import HOPPER, Problem
 
 __all__ = ["goal_rows"]
 
 H200 = next(chip for chip in CHIPS if chip.name == "NVIDIA H200")
 HEAD = (
     "| case | MB moved | slots per weight | bound by | predicted us, ours / cuBLAS | predicted, dispatched (tiles) "
-    "| predicted, gluon | goal | measured |\n|---|---|---|---|---|---|---|---|---|"
+    "| predicted, gluon | predicted, scaled | goal | measured |\n|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -48,7 +48,7 @@ def _row(mode: str, layer: str, m: int) -> str:
     dense = sum(predict_dense(problem, H200).seconds for problem in problems)
     goal = GOALS.get((mode, layer, m))
     if mode == "w8a8":
-        parts, tiles, slots, gluon = [predict_int8(problem, H200) for problem in problems], "", "-", "-"
+        parts, tiles, slots, others = [predict_int8(problem, H200) for problem in problems], "", "-", ["-", "-"]
     else:
         chosen = [choose(problem, 90, gpu_name=H200.name) for problem in problems]
         parts = [predict(tile, problem, H200) for tile, problem in zip(chosen, problems, strict=True)]
@@ -58,20 +58,20 @@ def _row(mode: str, layer: str, m: int) -> str:
         )
         tiles = f" ({', '.join(names)})"
         slots = f"{SLOTS_PER_WEIGHT[problems[0].bits]:.1f}"
-        gluon = _gluon(problems, dense)
+        others = [_of_family(family, problems, dense) for family in HOPPER]
     ours = sum(part.seconds for part in parts)
     bound = Counter(part.bound for part in parts).most_common(1)[0][0]
     moved = sum(part.bytes for part in parts) / 1e6
     return (
         f"| {mode} {layer} M={m} | {moved:.0f} | {slots} | {bound} | {ours * 1e6:.0f} / {dense * 1e6:.0f} "
-        f"| {dense / ours:.2f}x{tiles} | {gluon} | {f'{goal}x' if goal else '-'} | not measured |"
+        f"| {dense / ours:.2f}x{tiles} | {' | '.join(others)} | {f'{goal}x' if goal else '-'} | not measured |"
     )
 
 
-def _gluon(problems: list[Problem], dense: float) -> str:
+def _of_family(family: str, problems: list[Problem], dense: float) -> str:
     seconds = 0.0
     for problem in problems:
-        tile = family_tile("gluon", problem, 90)
+        tile = family_tile(family, problem, 90)
         if tile is None:
             return "-"
         seconds += predict(tile, problem, H200).seconds

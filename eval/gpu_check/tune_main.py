@@ -31,7 +31,7 @@ from tune_table import FLOOR, M_BUCKETS, Pick, pick, rows_of, shipped_tiles, tab
 from lowbit_kernels import int8_tiles
 from lowbit_kernels.dispatch import fill_split, parse_table
 from lowbit_kernels.int8_tiles import TILES, Int8Tile
-from lowbit_kernels.tiles import Problem, Tile, cdiv, fits, step_columns
+from lowbit_kernels.tiles import FAMILIES, Problem, Tile, cdiv, fits, step_columns
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 3
 SHAPES = (
@@ -84,10 +84,12 @@ def cases(bits: Sequence[int]) -> list[tuple[int, int, int, int]]:
 def candidates(problem: Problem, arch: int, multiprocessors: int) -> list[Tile]:
     """Every shipped tile that fits, with no split, the split that fills the GPU, and its neighbours; and the floor."""
     found = []
-    for tile in shipped_tiles(arch, ("triton", "gluon"), problem, fits):
+    for tile in shipped_tiles(arch, FAMILIES, problem, fits):
         if tile.block_m > max(16, 2 * problem.m) or (problem.m > 64 and tile.block_m < 16):
             continue  # more than half of the tile would be padding, or every weight is read dozens of times
         filled = fill_split(tile, problem, arch, multiprocessors)
+        if tile.family == "scaled" and problem.m <= tile.block_m // 4:
+            continue  # three quarters of what the tensor cores do would be padding
         steps = cdiv(problem.k, step_columns(problem.bits))
         for split in sorted({1, filled, max(1, filled // 2), min(16, 2 * filled, steps)}):
             split_tile = replace(tile, split_k=split)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lowbit_kernels.scaled_plan import steps_taken
 from lowbit_kernels.tiles import Problem, Tile, cdiv, shared_bytes, shared_limit, step_columns
 
 __all__ = ["CHIPS", "Chip", "Prediction", "predict", "predict_dense", "predict_int8"]
@@ -29,7 +30,7 @@ L2_OVER_MEMORY = 1.5
 """Bandwidth of the L2 over that of a copy through memory, both ways; a guess that is low for most chips."""
 CHUNK_BYTES = 24 << 20
 """Unpacked weights that the dequant family holds in the L2 (lowbit_kernels/prefill.py)."""
-EFFICIENCY = {"triton": 0.60, "gluon": 0.75, "dequant": 0.97, "dense": 1.0}
+EFFICIENCY = {"triton": 0.60, "gluon": 0.75, "scaled": 0.90, "dequant": 0.97, "dense": 1.0}
 """Share of cuBLAS's rate that a family's tensor core instructions reach; a guess until it is measured."""
 SLOTS_PER_WEIGHT = {2: 1.9, 4: 1.9, 8: 2.4}
 """Instruction slots of a lane per weight and token tile: research 2.8 (1.6 to 2 at 4 bits), 8 bits from the gate."""
@@ -91,6 +92,8 @@ def predict(tile: Tile, problem: Problem, chip: Chip) -> Prediction:
     moved = n * k * problem.bits / 8 + n * groups * (2 + problem.asymmetric) + 2 * m * (k + n)
     if tile.family == "dequant":
         return _predict_dequant(moved, problem, chip)
+    if tile.family == "scaled":
+        return _predict_scaled(tile, moved, problem, chip)
     programs = cdiv(m, tile.block_m) * cdiv(n, tile.block_n) * tile.split_k
     resident = _resident(tile, problem, chip)
     step = step_columns(problem.bits)
@@ -130,6 +133,29 @@ def predict_int8(problem: Problem, chip: Chip) -> Prediction:
     return _prediction(max(memory, tensor) + LAUNCH + quantizing, memory, 0.0, tensor, moved)
 
 
+def _predict_scaled(tile: Tile, moved: float, problem: Problem, chip: Chip) -> Prediction:
+    """Programs that stay: steps of the busiest one, each as long as its slowest part, and a launch to narrow x before.
+
+    A tile of 64 tokens converts twice as many weights per product as one of 128, and gets 8/9 of the rate for it.
+    """
+    m, n, k = problem.m, problem.n, problem.k
+    count = cdiv(m, tile.block_m) * cdiv(n, tile.block_n)
+    taken, share = steps_taken(count, cdiv(k, 128), tile.split_k, chip.multiprocessors)
+    rate = chip.tflops * 1e12 * EFFICIENCY["scaled"] * (8 / 9 if tile.block_m < 128 else 1.0) / chip.multiprocessors
+    tensor = taken * 2 * tile.block_m * tile.block_n * 128 / rate
+    issue = taken * tile.block_n * 128 * SLOTS_PER_WEIGHT[problem.bits] / (4 * 32 * chip.clock)
+    again = count * cdiv(k, 128) * (tile.block_m * 256 + tile.block_n * 16 * problem.bits)
+    memory = max(moved / chip.bandwidth, again / (L2_OVER_MEMORY * chip.bandwidth))
+    seconds = max(memory, issue, tensor) + LAUNCH
+    if share > 1:  # sums of a tile are stored by each and read by one
+        seconds += REDUCTION + (1 + share) * 4 * tile.block_m * tile.block_n / (
+            L2_OVER_MEMORY * chip.bandwidth / chip.multiprocessors
+        )
+    if problem.group_size != -1 or problem.dtype == torch.bfloat16:
+        seconds += LAUNCH + 4.0 * m * k * (problem.dtype == torch.bfloat16) / chip.bandwidth
+    return _prediction(seconds, memory, issue, tensor, moved)
+
+
 def _predict_dequant(moved: float, problem: Problem, chip: Chip) -> Prediction:
     """Chunks in the L2: words from memory, 16-bit weights written to it and read back, a matmul per chunk.
 
@@ -144,7 +170,7 @@ def _predict_dequant(moved: float, problem: Problem, chip: Chip) -> Prediction:
     tensor = 2 * m * n * k / (chip.tflops * 1e12 * EFFICIENCY["dequant"]) * (math.ceil(waves) / waves)
     seconds = unpack + max(tensor, through_l2) + 2 * chunks * LAUNCH
     if problem.dtype == torch.bfloat16:  # through float16: x, and each chunk of the result while it is in the L2
-        seconds += 4 * m * k / chip.bandwidth + 4 * m * n / (L2_OVER_MEMORY * chip.bandwidth) + (2 + chunks) * LAUNCH
+        seconds += 4 * m * k / chip.bandwidth + 4 * m * n / (L2_OVER_MEMORY * chip.bandwidth) + (1 + chunks) * LAUNCH
     return _prediction(seconds, unpack, 0.0, tensor, moved)
 
 

@@ -26,7 +26,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .tiles import FAMILIES, Problem, Tile, cdiv, fits, shared_bytes, shared_limit, step_columns, why_not
+from .scaled_plan import steps_taken
+from .tiles import FAMILIES, HOPPER, Problem, Tile, cdiv, fits, shared_bytes, shared_limit, step_columns, why_not
 
 __all__ = [
     "INVARIANT_TOKENS",
@@ -46,6 +47,8 @@ INVARIANT_TOKENS = 16
 MOST_SPLITS = 16
 FEWEST_STEPS = 4
 """Steps along K that a program should have at least, to fill its pipeline."""
+SHARE_STEPS = 2.5
+"""Steps of 128 columns in which a program could also have stored, or read, the sums of a tile: 42 GB/s from the L2."""
 ANY_SHAPE = 2.0
 """Distance, in powers of two of n and k together, at which a series for any shape is nearer than a measured one."""
 _KEYS = {"version", "gpu", "arch", "source", "about", "chip", "rows"}
@@ -110,6 +113,8 @@ def fill_split(tile: Tile, problem: Problem, arch: int, multiprocessors: int) ->
     """
     steps = cdiv(problem.k, step_columns(problem.bits))
     programs = max(1, cdiv(problem.m, tile.block_m) * cdiv(problem.n, tile.block_n))
+    if tile.family == "scaled":
+        return _fill_shares(programs, cdiv(problem.k, 128), multiprocessors)
     resident = max(1, min(shared_limit(arch) // max(1, shared_bytes(tile, problem)), 16 // tile.num_warps))
     slots = multiprocessors * resident
     best, least = 1, math.inf
@@ -119,6 +124,15 @@ def fill_split(tile: Tile, problem: Problem, arch: int, multiprocessors: int) ->
         if cost < least - 1e-9:
             best, least = split, cost
     return best
+
+
+def _fill_shares(tiles: int, steps: int, multiprocessors: int) -> int:
+    """The same for programs that stay: how many share a tile of the last round. Sums cost as much as SHARE_STEPS."""
+    costs = []
+    for split in range(1, min(MOST_SPLITS, max(1, steps // FEWEST_STEPS)) + 1):
+        taken, share = steps_taken(tiles, steps, split, multiprocessors)
+        costs.append((taken + (SHARE_STEPS * (1 + share) if share > 1 else 0.0), split))
+    return min(costs)[1]
 
 
 def table_for(arch: int, gpu_name: str | None = None) -> Table:
@@ -263,8 +277,9 @@ def _fitted(tile: Tile, same_shape: bool, problem: Problem, arch: int, multiproc
     """``tile`` with split_k resolved; where it does not fit, with fewer stages, then smaller, then cuBLAS."""
     if tile.family == "dequant":
         return replace(tile, split_k=1)
-    if tile.family == "gluon" and arch != 90:
-        tile = replace(tile, family="triton")
+    if tile.family in HOPPER and arch != 90:
+        tile = replace(tile, family="triton") if tile.family == "gluon" else Tile("dequant", 1, 16)
+        return _fitted(tile, same_shape, problem, arch, multiprocessors, fused_only)
     while True:
         asked = tile.split_k if same_shape and tile.split_k else None
         split = 1 if fused_only else asked or fill_split(replace(tile, split_k=1), problem, arch, multiprocessors)
@@ -274,6 +289,8 @@ def _fitted(tile: Tile, same_shape: bool, problem: Problem, arch: int, multiproc
                 return candidate
         if tile.num_stages > 2:
             tile = replace(tile, num_stages=tile.num_stages - 1)
+        elif tile.family == "scaled":
+            tile = Tile("triton", 64, 128, 0, 8, 3)
         elif tile.block_m * 2 > tile.block_n and tile.block_m > 16:
             tile = replace(tile, block_m=tile.block_m // 2)
         elif tile.block_n > 32:

@@ -10,12 +10,13 @@ multiplied by a power of two and every weight row by another, exactly, and the r
     out[m, n] = acc16[m, n] / fx[m] / fw[n] + bias[n]    and |acc16| <= K * 2**(18 - e) * 2**-3 <= 2**15
 
 x is exact in float16 down to 2**-22 of the token's largest for any K that a model has, and off by at most 2**-25 below.
+Where nothing rounds the sums to float16 (the ``scaled`` family, scaled.py), x16 and w16 are in 2**14 .. 2**15 instead.
 
 | tensor  | shape    | dtype      |                                                        |
 |---------|----------|------------|--------------------------------------------------------|
 | x       | (M, K)   | bf16, fp16 | contiguous                                             |
 | x16     | (M, K)   | fp16       | contiguous                                             |
-| factors | (2, M) and (2, N) | fp32 | fx or fw, and its reciprocal: both powers of two      |
+| factors | (2, M padded), (2, N) | fp32 | fx or fw, and its reciprocal: both powers of two  |
 | part    | (M, R)   | fp16 in, x's dtype out, the same memory | columns of out, row stride N      |
 
 Not a number: an infinity or NaN in a token gives infinities or NaN in its row of the result and nowhere else.
@@ -31,13 +32,18 @@ from torch import Tensor
 from .cases import CompileCase
 from .tiles import cdiv
 
-__all__ = ["compile_cases", "narrow_tokens", "row_factors", "widen"]
+__all__ = ["compile_cases", "to_halves", "widen"]
 
 ROW_EXPONENT = -4
 """A row's largest weight is below 2 ** (ROW_EXPONENT + 1)."""
 TOKEN_EXPONENT = 17
-BLOCK_K = 2048
-BLOCK_G, BLOCK_ROWS = 8, 128
+ROOM = 14
+"""Of x and weights whose sums stay in fp32: the largest are in 2**14 .. 2**15, float16 ends at 2**16."""
+PADDING = 128
+"""Factors of tokens are as many as a multiple of it: kernels read those of whole tiles. What is past M is anything."""
+LONGEST = 1 << 15
+MOST, MOST_SCALES = 256, 4096
+"""Groups, and groups times rows, of a program."""
 BLOCK_M, BLOCK_N = 16, 256
 
 
@@ -58,44 +64,34 @@ def _finite(values):
 
 
 @triton.jit
-def narrow_tokens_kernel(
-    x_ptr,  # (M, K)
-    x16_ptr,  # (M, K)
-    factors_ptr,  # (2, M)
-    M,
-    K: tl.constexpr,
-    EXPONENT: tl.constexpr,
-    BLOCK: tl.constexpr,
+def _narrow_token(
+    x_ptr, x16_ptr, factors_ptr, token, padded, K: tl.constexpr, EXPONENT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One token per program."""
-    token = tl.program_id(0).to(tl.int64)
+    """One token: read once where a block holds it, else twice."""
+    token = token.to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    tops = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in tl.range(0, K, BLOCK):
-        x = tl.load(x_ptr + token * K + start + columns, mask=start + columns < K, other=0.0)
-        tops = tl.maximum(tops, _finite(x.to(tl.float32)))
+    x = tl.load(x_ptr + token * K + columns, mask=columns < K, other=0.0).to(tl.float32)
+    tops = _finite(x)
+    for start in tl.range(BLOCK, K, BLOCK):
+        more = tl.load(x_ptr + token * K + start + columns, mask=start + columns < K, other=0.0)
+        tops = tl.maximum(tops, _finite(more.to(tl.float32)))
     factor, inverse = _factor(tl.max(tops, axis=0), EXPONENT)
-    for start in tl.range(0, K, BLOCK):
+    tl.store(x16_ptr + token * K + columns, (x * factor).to(tl.float16), mask=columns < K)
+    for start in tl.range(BLOCK, K, BLOCK):
         inside = start + columns < K
-        x = tl.load(x_ptr + token * K + start + columns, mask=inside, other=0.0)
-        tl.store(x16_ptr + token * K + start + columns, (x.to(tl.float32) * factor).to(tl.float16), mask=inside)
+        more = tl.load(x_ptr + token * K + start + columns, mask=inside, other=0.0)
+        tl.store(x16_ptr + token * K + start + columns, (more.to(tl.float32) * factor).to(tl.float16), mask=inside)
     tl.store(factors_ptr + token, factor)
-    tl.store(factors_ptr + M + token, inverse)
+    tl.store(factors_ptr + padded + token, inverse)
 
 
 @triton.jit
-def row_factors_kernel(
-    scales_ptr,  # (G, N)
-    factors_ptr,  # (2, N)
-    N,
-    G: tl.constexpr,  # a model has few
-    TOP: tl.constexpr,  # no |code - zero| is larger
-    EXPONENT: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """BLOCK rows per program."""
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def _row_factors(
+    scales_ptr, factors_ptr, block, N, G: tl.constexpr, TOP: tl.constexpr, EXPONENT: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK rows; no |code - zero| is larger than TOP."""
+    rows = block * BLOCK + tl.arange(0, BLOCK)
     tops = tl.zeros((BLOCK_G, BLOCK), dtype=tl.float32)
     for first in tl.range(0, G, BLOCK_G):
         groups = first + tl.arange(0, BLOCK_G)
@@ -105,6 +101,33 @@ def row_factors_kernel(
     factor, inverse = _factor(tl.max(tops, axis=0) * TOP, EXPONENT)
     tl.store(factors_ptr + rows, factor, mask=rows < N)
     tl.store(factors_ptr + N + rows, inverse, mask=rows < N)
+
+
+@triton.jit(do_not_specialize=["TOKENS", "PADDED"])
+def to_halves_kernel(
+    x_ptr,  # (M, K), unused when TOKENS is 0
+    x16_ptr,  # (M, K), likewise
+    tokens_ptr,  # (2, PADDED), likewise
+    scales_ptr,  # (G, N)
+    rows_ptr,  # (2, N)
+    TOKENS,  # M, or 0: no tokens are narrowed
+    PADDED,  # M up to a multiple of PADDING
+    N,
+    K: tl.constexpr,  # a model has few K and G
+    G: tl.constexpr,
+    TOP: tl.constexpr,
+    TOKEN_EXPONENT: tl.constexpr,
+    ROW_EXPONENT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """A token, or BLOCK_ROWS rows, per program."""
+    program = tl.program_id(0)
+    if program < TOKENS:
+        _narrow_token(x_ptr, x16_ptr, tokens_ptr, program, PADDED, K, TOKEN_EXPONENT, BLOCK_K)
+    else:
+        _row_factors(scales_ptr, rows_ptr, program - TOKENS, N, G, TOP, ROW_EXPONENT, BLOCK_G, BLOCK_ROWS)
 
 
 @triton.jit
@@ -134,21 +157,28 @@ def widen_kernel(
     tl.store(out_ptr + place, sums.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def narrow_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``(x16, factors)`` of activations ``x (M, K)``; see the module's table. On x's device, which must be current."""
-    m, k = x.shape
-    x16 = torch.empty(m, k, dtype=torch.float16, device=x.device)
-    factors = torch.empty(2, m, dtype=torch.float32, device=x.device)
-    narrow_tokens_kernel[(m,)](x, x16, factors, M=m, **_token_constants(k), num_warps=8)
-    return x16, factors
+def to_halves(
+    x: Tensor | None, scales: Tensor, bits: int, *, fp32_sums: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """``(x16, token_factors, row_factors)`` of activations ``x (M, K)`` and a weight's scales ``(G, N)``: one launch.
 
+    See the module's table. Without x the first two are None. On the tensors' device, which must be current.
 
-def row_factors(scales: Tensor, bits: int) -> Tensor:
-    """``factors (2, N)`` for a weight with these scales (G, N)."""
+    Args:
+        fp32_sums: the sums are never rounded to float16, so x and weights may take all of its range (ROOM).
+    """
     groups, n = scales.shape
-    factors = torch.empty(2, n, dtype=torch.float32, device=scales.device)
-    row_factors_kernel[(cdiv(n, BLOCK_ROWS),)](scales, factors, N=n, **_row_constants(bits, groups), num_warps=4)
-    return factors
+    m, k = (0, 1) if x is None else x.shape
+    rows = torch.empty(2, n, dtype=torch.float32, device=scales.device)
+    x16 = None if x is None else torch.empty(m, k, dtype=torch.float16, device=x.device)
+    padded = cdiv(m, PADDING) * PADDING
+    tokens = None if x is None else torch.empty(2, padded, dtype=torch.float32, device=x.device)
+    constants = _constants(k, groups, bits, fp32_sums)
+    to_halves_kernel[(m + cdiv(n, constants["BLOCK_ROWS"]),)](
+        scales if x is None else x, rows if x16 is None else x16, rows if tokens is None else tokens, scales, rows,
+        TOKENS=m, PADDED=padded, N=n, **constants, num_warps=_warps(k),
+    )  # fmt: skip
+    return x16, tokens, rows
 
 
 def widen(part: Tensor, out: Tensor, tokens: Tensor, rows: Tensor, bias: Tensor | None) -> None:
@@ -165,22 +195,43 @@ def widen(part: Tensor, out: Tensor, tokens: Tensor, rows: Tensor, bias: Tensor 
     )  # fmt: skip
 
 
-def _token_constants(k: int) -> dict[str, int]:
-    return {"K": k, "EXPONENT": TOKEN_EXPONENT - (k - 1).bit_length(), "BLOCK": BLOCK_K}
+def _constants(k: int, groups: int, bits: int, fp32_sums: bool) -> dict[str, int]:
+    """A program has all its loads under way at once: up to LONGEST columns of a token, or MOST scales."""
+    block_g = min(MOST, 1 << (groups - 1).bit_length())
+    return {
+        "K": k,
+        "G": groups,
+        "TOP": 2**bits,
+        "TOKEN_EXPONENT": ROOM if fp32_sums else TOKEN_EXPONENT - (k - 1).bit_length(),
+        "ROW_EXPONENT": ROOM if fp32_sums else ROW_EXPONENT,
+        "BLOCK_K": min(LONGEST, max(2048, 1 << (k - 1).bit_length())),
+        "BLOCK_G": block_g,
+        "BLOCK_ROWS": max(16, MOST_SCALES // block_g),
+    }
 
 
-def _row_constants(bits: int, groups: int) -> dict[str, int]:
-    return {"G": groups, "TOP": 2**bits, "EXPONENT": ROW_EXPONENT, "BLOCK_G": BLOCK_G, "BLOCK": BLOCK_ROWS}
+def _warps(k: int) -> int:
+    return 8 if k <= 8192 else 16
 
 
 def compile_cases() -> list[CompileCase]:
-    """The three kernels as bf16 activations take them."""
-    tokens, rows = _token_constants(4096), _row_constants(4, 32)
+    """The two kernels as bf16 activations take them, for a short and a long K."""
+    pointers = {"x_ptr": "bf16", "x16_ptr": "fp16", "tokens_ptr": "fp32", "scales_ptr": "bf16", "rows_ptr": "fp32"}
     blocks = {"HAS_BIAS": True, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
     return [
-        _case(narrow_tokens_kernel, {"x_ptr": "bf16", "x16_ptr": "fp16", "factors_ptr": "fp32"}, ("M",), tokens, 8),
-        _case(row_factors_kernel, {"scales_ptr": "bf16", "factors_ptr": "fp32"}, ("N",), rows, 4),
+        *(
+            _case(
+                f"to_halves k{k}",
+                to_halves_kernel,
+                pointers,
+                ("TOKENS", "PADDED", "N"),
+                _constants(k, k // 128, 4, sums),
+                _warps(k),
+            )
+            for k, sums in ((4096, False), (28672, True))
+        ),
         _case(
+            "widen",
             widen_kernel,
             {"part_ptr": "fp16", "out_ptr": "bf16", "tokens_ptr": "fp32", "rows_ptr": "fp32", "bias_ptr": "bf16"},
             ("M", "N", "ROWS"),
@@ -191,10 +242,14 @@ def compile_cases() -> list[CompileCase]:
 
 
 def _case(
-    kernel: object, pointers: dict[str, str], integers: tuple[str, ...], constexprs: dict[str, int], warps: int
+    name: str,
+    kernel: object,
+    pointers: dict[str, str],
+    integers: tuple[str, ...],
+    constexprs: dict[str, int],
+    warps: int,
 ) -> CompileCase:
     signature = {name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(integers, "i32")
-    name = kernel.fn.__name__  # type: ignore[attr-defined]
     return CompileCase(
         name=name,
         kernel=kernel,
@@ -202,6 +257,6 @@ def _case(
         constexprs=constexprs,
         divisible=(*pointers, *integers),
         options={"num_warps": warps},
-        kind=name,
+        kind=name.split()[0],
         wide_copies=False,
     )

@@ -31,7 +31,15 @@ from .epilogue import workspace
 from .hopper_plan import gluon_shared_bytes, gluon_why_not, reps
 from .tiles import Problem, Tile, cdiv
 
-__all__ = ["compile_case", "compile_cases", "hopper_matmul"]
+__all__ = [
+    "blocks",
+    "compile_case",
+    "compile_cases",
+    "gluon_language",
+    "hopper_matmul",
+    "integer_budget",
+    "register_layouts",
+]
 
 SHIPPED = (
     Tile("gluon", 16, 256, 4, 4, 5),
@@ -103,20 +111,22 @@ def _launch(
     problem: Problem,
     tile: Tile,
 ) -> None:
-    _gluon()
+    gluon_language()
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from .hopper_kernel import hopper_kernel
 
     constexprs = _constants(problem, tile, has_bias=bias is not None)
     consumers = constexprs["CONSUMERS"]
-    blocks = tiles.view(tiles.shape[0], tiles.shape[1] * 8, 32)
+    words = tiles.view(tiles.shape[0], tiles.shape[1] * 8, 32)
     scale_list = scales.view(-1)
     zero_list = scale_list if zeros is None else zeros.view(-1)
     descriptors = [
         TensorDescriptor.from_tensor(tensor, list(shape), layout)
         for tensor, (shape, layout) in zip(
-            (x, blocks, scale_list, zero_list), _blocks(tile, scale_list.dtype, zero_list.dtype), strict=True
+            (x, words, scale_list, zero_list),
+            blocks(tile, problem.bits, scale_list.dtype, zero_list.dtype),
+            strict=True,
         )
     ]
     count = cdiv(problem.m, tile.block_m) * cdiv(problem.n, tile.block_n)
@@ -140,7 +150,7 @@ def _launch(
     )
 
 
-def _gluon() -> Any:
+def gluon_language() -> Any:
     """Gluon's language module; RuntimeError where Triton has none that this was written for."""
     try:
         from triton.experimental.gluon import language
@@ -159,14 +169,16 @@ def _options(tile: Tile) -> dict[str, Any]:
     return {"num_warps": 4, "maxnreg": 128} if tile.num_warps == 4 else {"num_warps": 4}
 
 
-def _blocks(tile: Tile, scale_dtype: torch.dtype, zero_dtype: torch.dtype) -> list[tuple[tuple[int, ...], Any]]:
+def blocks(
+    tile: Tile, bits: int, scale_dtype: torch.dtype, zero_dtype: torch.dtype
+) -> list[tuple[tuple[int, ...], Any]]:
     """Block shape and shared layout of the four descriptors: x, words, scales, zeros.
 
     x is swizzled by 128 bytes as wgmma wants its shared operand. Words are in rows of 128 bytes, two of a unit's 16;
     the same swizzle permutes 16-byte pieces within such a row, of which each quarter of a warp reads one whole.
     """
-    layout = _gluon().NVMMASharedLayout
-    words, rows = (4, 8, 32), (tile.block_n,)
+    layout = gluon_language().NVMMASharedLayout
+    words, rows = (tile.block_n // 16, 2 * bits, 32), (tile.block_n,)
     return [
         ((tile.block_m, 128), layout(128, 16, 2)),
         (words, layout(128, 32, 3)),
@@ -175,13 +187,13 @@ def _blocks(tile: Tile, scale_dtype: torch.dtype, zero_dtype: torch.dtype) -> li
     ]
 
 
-def _register_layouts() -> tuple[Any, Any]:
+def register_layouts() -> tuple[Any, Any]:
     """Who holds which word of 64 rows: as loaded (4 units, 8 rows of 128 bytes, 32) and as (row, t, b, u).
 
     Lane l of warp w has the words of row l / 4 and l / 4 + 8 of unit w with kw % 4 == l % 4, 16 bytes each: its columns
     of wgmma's register operand (PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16").
     """
-    linear = _gluon().DistributedLinearLayout
+    linear = gluon_language().DistributedLinearLayout
     unit = linear(
         reg_bases=[[0, 0, 1], [0, 0, 2], [0, 4, 0]],
         lane_bases=[[0, 0, 4], [0, 0, 8], [0, 0, 16], [0, 1, 0], [0, 2, 0]],
@@ -205,7 +217,7 @@ def _constants(problem: Problem, tile: Tile, has_bias: bool) -> dict[str, Any]:
     One block of 64 rows per warpgroup takes its step in two pieces: with a single one the next fragment would replace
     the one being multiplied, and ptxas would wait for each instruction (C7513).
     """
-    unit, words = _register_layouts()
+    unit, words = register_layouts()
     return {
         "BITS": problem.bits,
         "GROUP": problem.group_size,
@@ -225,7 +237,7 @@ def _constants(problem: Problem, tile: Tile, has_bias: bool) -> dict[str, Any]:
 
 def compile_case(tile: Tile, problem: Problem) -> CompileCase:
     """The compilation that :func:`hopper_matmul` would launch for ``problem`` with ``tile``, scales in x's dtype."""
-    _gluon()
+    gluon_language()
     from .hopper_kernel import hopper_kernel
 
     constexprs = _constants(problem, tile, has_bias=True)
@@ -235,7 +247,10 @@ def compile_case(tile: Tile, problem: Problem) -> CompileCase:
     descriptors = {
         key: f"tensordesc<{kind}{list(shape)},{layout!r}>"
         for key, kind, (shape, layout) in zip(
-            ("x_desc", "w_desc", "s_desc", "z_desc"), kinds, _blocks(tile, problem.dtype, zeros), strict=True
+            ("x_desc", "w_desc", "s_desc", "z_desc"),
+            kinds,
+            blocks(tile, problem.bits, problem.dtype, zeros),
+            strict=True,
         )
     }
     pointers = {
@@ -261,13 +276,13 @@ def compile_case(tile: Tile, problem: Problem) -> CompileCase:
         mma_warps=tile.num_warps,
         wgmma="registers",
         registers_only=True,
-        integer_budget=_integer_budget(problem),
+        integer_budget=integer_budget(problem),
         wide_copies=False,  # the copies are in the producer's loop; tests/test_kernels_hopper.py looks for them there
         extra={"tile": tile, "shared_bound": gluon_shared_bytes(tile, problem)},
     )
 
 
-def _integer_budget(problem: Problem) -> float:
+def integer_budget(problem: Problem) -> float:
     """Integer instructions per weight that a multiplying warp may spend: the conversion's own and 0.3 of one.
 
     4 bits: one lop3 per pair and three shifts per four pairs. 8 bits: bf16 two lop3 per pair and a shift per two pairs,

@@ -36,92 +36,29 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from . import hopper_plan
-from .hopper_operand import centre_of, fragment_of, load_words
+from .hopper_ring import fill_slot, piece_fragment, piece_words, rows_of, runs_of_step, slot_of, slot_phase
 
 __all__ = ["hopper_kernel"]
 
-_runs_of_step = gluon.constexpr_function(hopper_plan.runs_of_step)
-
-_first_step, _group_of = gluon.jit(hopper_plan.first_step), gluon.jit(hopper_plan.group_of)
-_slot_of, _slot_phase = gluon.jit(hopper_plan.slot_of), gluon.jit(hopper_plan.slot_phase)
-_unit_slot = gluon.jit(hopper_plan.unit_slot)
-
-
-@gluon.jit
-def _rows_of(ring, index, WARPGROUP: gl.constexpr, MMA: gl.constexpr):
-    """Scales or zeros of 64 rows out of a run's BLOCK_N, as the lanes of the accumulator own them."""
-    return ring.index(index).slice(WARPGROUP * 64, 64).load(gl.SliceLayout(1, MMA))
+_first_step = gluon.jit(hopper_plan.first_step)
 
 
 @gluon.jit
 def _produce(
     x_desc, w_desc, s_desc, z_desc, x_ring, w_ring, s_ring, z_ring, full, empty, token, row, N, K, begin, steps,
-    STAGES: gl.constexpr, WARPGROUPS: gl.constexpr, UNITS: gl.constexpr, GROUP: gl.constexpr, HAS_ZEROS: gl.constexpr,
+    STAGES: gl.constexpr, UNITS: gl.constexpr, GROUP: gl.constexpr, HAS_ZEROS: gl.constexpr,
 ):  # fmt: skip
     """Fill the ring: per step a tile of x, UNITS units of each 16 rows, and scales and zeros of every run."""
-    RUNS: gl.constexpr = _runs_of_step(GROUP)
-    BYTES: gl.constexpr = (
-        x_desc.block_type.nbytes
-        + WARPGROUPS * UNITS * w_desc.block_type.nbytes
-        + RUNS * s_desc.block_type.nbytes
-        + (RUNS * z_desc.block_type.nbytes if HAS_ZEROS else 0)
-    )
     for i in range(steps):
-        slot = _slot_of(i, STAGES)
-        bar = full.index(slot)
-        mbarrier.wait(empty.index(slot), _slot_phase(i, STAGES) ^ 1)
-        mbarrier.expect(bar, BYTES)
-        step = begin + i
-        for warpgroup in gl.static_range(WARPGROUPS):
-            for u in gl.static_range(UNITS):
-                where = _unit_slot(slot, warpgroup, u, WARPGROUPS, UNITS)
-                coordinates = [row // 16 + 4 * warpgroup, (step * UNITS + u) * 8, 0]
-                tma.async_copy_global_to_shared(w_desc, coordinates, bar, w_ring.index(where))
-        tma.async_copy_global_to_shared(x_desc, [token, step * 128], bar, x_ring.index(slot))
-        for run in gl.static_range(RUNS):
-            at = _group_of(step, run, K, GROUP, RUNS) * N + row
-            tma.async_copy_global_to_shared(s_desc, [at], bar, s_ring.index(slot * RUNS + run))
-            if HAS_ZEROS:
-                tma.async_copy_global_to_shared(z_desc, [at], bar, z_ring.index(slot * RUNS + run))
-
-
-@gluon.jit
-def _piece_words(
-    w_ring, slot, words, REP: gl.constexpr, PIECE: gl.constexpr, FIRST: gl.constexpr, WARPGROUPS: gl.constexpr,
-    BITS: gl.constexpr, COLUMNS: gl.constexpr, UNIT: gl.constexpr, WORDS: gl.constexpr,
-):  # fmt: skip
-    """Words that piece PIECE of the REP-th 64 rows is made of: loaded where a unit begins, else still ``words``."""
-    if PIECE * COLUMNS % (512 // BITS) == 0:
-        where = _unit_slot(slot, FIRST + REP, PIECE * COLUMNS // (512 // BITS), WARPGROUPS, BITS // 4)
-        words = load_words(w_ring, where, UNIT, WORDS)
-    return words
-
-
-@gluon.jit
-def _piece_fragment(
-    words, centre, z_ring, slot, row_zeros, REP: gl.constexpr, PIECE: gl.constexpr, FIRST: gl.constexpr,
-    BITS: gl.constexpr, GROUP: gl.constexpr, COLUMNS: gl.constexpr, DTYPE: gl.constexpr, HAS_ZEROS: gl.constexpr,
-    MMA: gl.constexpr, WORDS: gl.constexpr,
-):  # fmt: skip
-    """That piece's fragment, and the centre that the pieces of one run share."""
-    COLUMN: gl.constexpr = PIECE * COLUMNS
-    RUNS: gl.constexpr = _runs_of_step(GROUP)
-    if not HAS_ZEROS:
-        centre = words
-    elif RUNS == 0:
-        if COLUMN == 0:
-            centre = centre_of(row_zeros[REP], words, BITS, DTYPE, WORDS)
-    elif COLUMN * RUNS % 128 == 0:
-        zeros = _rows_of(z_ring, slot * RUNS + COLUMN * RUNS // 128, FIRST + REP, MMA)
-        centre = centre_of(zeros, words, BITS, DTYPE, WORDS)
-    first: gl.constexpr = COLUMN % (512 // BITS) // 32
-    return fragment_of(words, centre, first, COLUMNS // 32, BITS, DTYPE, HAS_ZEROS, MMA), centre
+        fill_slot(
+            x_desc, w_desc, s_desc, z_desc, x_ring, w_ring, s_ring, z_ring, full, empty, i, begin + i, token, row, N, K,
+            STAGES, UNITS, GROUP, HAS_ZEROS,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -138,7 +75,7 @@ def _consume(
     scaled in fp32; with one scale for the whole row the instruction accumulates across steps, scaled at the end.
     """
     DTYPE: gl.constexpr = x_ring.dtype
-    RUNS: gl.constexpr = _runs_of_step(GROUP)
+    RUNS: gl.constexpr = runs_of_step(GROUP)
     RUN: gl.constexpr = 128 // max(RUNS, 1)
     COLUMNS: gl.constexpr = min(512 // BITS, RUN, PIECE_COLUMNS)
     PIECES: gl.constexpr = 128 // COLUMNS  # of 64 rows in a step
@@ -153,13 +90,14 @@ def _consume(
             zeros = gl.load(zeros_ptr + gl.minimum(row + (FIRST + rep) * 64 + lanes, N - 1))
             row_zeros = row_zeros + (zeros,)  # noqa: RUF005
     mbarrier.wait(full.index(0), 0)
-    words = _piece_words(w_ring, 0, 0, 0, 0, FIRST, WARPGROUPS, BITS, COLUMNS, UNIT, WORDS)
-    fragment, centre = _piece_fragment(
-        words, 0, z_ring, 0, row_zeros, 0, 0, FIRST, BITS, GROUP, COLUMNS, DTYPE, HAS_ZEROS, MMA, WORDS
-    )
+    words = piece_words(w_ring, 0, 0, 0, 0, FIRST, BITS, COLUMNS, UNIT, WORDS)
+    fragment, centre, _ = piece_fragment(
+        words, 0, 0, s_ring, z_ring, 0, row_zeros, (), 0, 0, FIRST, BITS, GROUP, COLUMNS, DTYPE, HAS_ZEROS, False, MMA,
+        WORDS,
+    )  # fmt: skip
     for i in range(steps):
-        slot = _slot_of(i, STAGES)
-        after = _slot_of(i + 1, STAGES)
+        slot = slot_of(i, STAGES)
+        after = slot_of(i + 1, STAGES)
         new_accs = ()
         for rep in gl.static_range(REPS):
             acc = accs[rep]
@@ -167,11 +105,11 @@ def _consume(
             for piece in gl.static_range(PIECES):
                 # the next piece's words are on their way before, and become its fragment while the tensor cores work
                 if rep == REPS - 1 and piece == PIECES - 1:
-                    mbarrier.wait(full.index(after), _slot_phase(i + 1, STAGES), pred=i + 1 < steps)
-                    words = _piece_words(w_ring, after, words, 0, 0, FIRST, WARPGROUPS, BITS, COLUMNS, UNIT, WORDS)
+                    mbarrier.wait(full.index(after), slot_phase(i + 1, STAGES), pred=i + 1 < steps)
+                    words = piece_words(w_ring, after, words, 0, 0, FIRST, BITS, COLUMNS, UNIT, WORDS)
                 else:
-                    words = _piece_words(
-                        w_ring, slot, words, rep + (piece + 1) // PIECES, (piece + 1) % PIECES, FIRST, WARPGROUPS, BITS,
+                    words = piece_words(
+                        w_ring, slot, words, rep + (piece + 1) // PIECES, (piece + 1) % PIECES, FIRST, BITS,
                         COLUMNS, UNIT, WORDS,
                     )  # fmt: skip
                 x = x_ring.index(slot).slice(piece * COLUMNS, COLUMNS, dim=1).permute((1, 0))
@@ -180,20 +118,20 @@ def _consume(
                 else:
                     dot = warpgroup_mma(fragment, x, fresh, use_acc=False, is_async=True)
                 if rep == REPS - 1 and piece == PIECES - 1:
-                    fragment, centre = _piece_fragment(
-                        words, centre, z_ring, after, row_zeros, 0, 0, FIRST, BITS, GROUP, COLUMNS, DTYPE, HAS_ZEROS,
-                        MMA, WORDS,
+                    fragment, centre, _ = piece_fragment(
+                        words, centre, words, s_ring, z_ring, after, row_zeros, (), 0, 0, FIRST, BITS, GROUP, COLUMNS,
+                        DTYPE, HAS_ZEROS, False, MMA, WORDS,
                     )  # fmt: skip
                 else:
-                    fragment, centre = _piece_fragment(
-                        words, centre, z_ring, slot, row_zeros, rep + (piece + 1) // PIECES, (piece + 1) % PIECES,
-                        FIRST, BITS, GROUP, COLUMNS, DTYPE, HAS_ZEROS, MMA, WORDS,
+                    fragment, centre, _ = piece_fragment(
+                        words, centre, words, s_ring, z_ring, slot, row_zeros, (), rep + (piece + 1) // PIECES,
+                        (piece + 1) % PIECES, FIRST, BITS, GROUP, COLUMNS, DTYPE, HAS_ZEROS, False, MMA, WORDS,
                     )  # fmt: skip
                 dot = warpgroup_mma_wait(0, deps=[dot])
                 if RUNS == 0:
                     acc = dot
                 elif (piece + 1) * COLUMNS % RUN == 0:
-                    scale = _rows_of(s_ring, slot * RUNS + piece * COLUMNS // RUN, FIRST + rep, MMA)
+                    scale = rows_of(s_ring, slot * RUNS + piece * COLUMNS // RUN, FIRST + rep, MMA)
                     acc = acc + dot * scale.to(gl.float32)[:, None]
             new_accs = new_accs + (acc,)  # noqa: RUF005
         accs = new_accs
@@ -276,7 +214,7 @@ def _warpgroup(
 @gluon.jit(do_not_specialize=["M"])
 def hopper_kernel(
     x_desc,  # (M, K) in blocks of (BLOCK_M, 128)
-    w_desc,  # (ceil(N / 16), 8 * units along K, 32) int32 in blocks of (4, 8, 32): 64 rows of one unit
+    w_desc,  # (ceil(N / 16), 8 * units along K, 32) int32 in blocks of (BLOCK_N / 16, 8 * UNITS, 32)
     s_desc,  # (G * N,) scales in blocks of BLOCK_N
     z_desc,  # (G * N,) zeros likewise; the scales' again unless HAS_ZEROS
     scales_ptr,  # (G, N); read only when GROUP is -1
@@ -307,9 +245,9 @@ def hopper_kernel(
     WARPGROUPS: gl.constexpr = CONSUMERS * REPS
     BLOCK_N: gl.constexpr = WARPGROUPS * 64
     UNITS: gl.constexpr = BITS // 4
-    ROWS: gl.constexpr = STAGES * max(_runs_of_step(GROUP), 1)
+    ROWS: gl.constexpr = STAGES * max(runs_of_step(GROUP), 1)
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, 128], x_desc.layout)
-    w_ring = gl.allocate_shared_memory(gl.int32, [STAGES * WARPGROUPS * UNITS, 4, 8, 32], w_desc.layout)
+    w_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_N // 16, 8 * UNITS, 32], w_desc.layout)
     s_ring = gl.allocate_shared_memory(s_desc.dtype, [ROWS, BLOCK_N], s_desc.layout)
     z_ring = s_ring
     if HAS_ZEROS:
@@ -337,7 +275,7 @@ def hopper_kernel(
             )),
             (_produce, (
                 x_desc, w_desc, s_desc, z_desc, x_ring, w_ring, s_ring, z_ring, full, empty, token, row, N, K, begin,
-                steps, STAGES, WARPGROUPS, UNITS, GROUP, HAS_ZEROS,
+                steps, STAGES, UNITS, GROUP, HAS_ZEROS,
             )),
         ], [1], [24])  # fmt: skip
     else:
@@ -354,6 +292,6 @@ def hopper_kernel(
             )),
             (_produce, (
                 x_desc, w_desc, s_desc, z_desc, x_ring, w_ring, s_ring, z_ring, full, empty, token, row, N, K, begin,
-                steps, STAGES, WARPGROUPS, UNITS, GROUP, HAS_ZEROS,
+                steps, STAGES, UNITS, GROUP, HAS_ZEROS,
             )),
         ], [4, 1], [CONSUMER_REGISTERS, 24])  # fmt: skip

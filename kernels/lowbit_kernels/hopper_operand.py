@@ -18,7 +18,7 @@ from triton.experimental.gluon import language as gl
 
 from . import hopper_plan
 
-__all__ = ["centre_of", "fragment_of", "load_words"]
+__all__ = ["centre_of", "factor_of", "fragment_of", "load_words"]
 
 CENTRE_FP16 = gl.constexpr(hopper_plan.CENTRE_FP16)
 CENTRE_BF16 = gl.constexpr(hopper_plan.CENTRE_BF16)
@@ -28,14 +28,20 @@ _pair_shift = gluon.constexpr_function(hopper_plan.pair_shift)
 
 
 @gluon.jit
-def _pairs(words, centre, INDEX: gl.constexpr, BITS: gl.constexpr, DTYPE: gl.constexpr, HAS_ZEROS: gl.constexpr):
-    """Pair INDEX of every word as two floats ``code - zero`` in one int32. ``centre`` is read only with zeros."""
-    TEXT: gl.constexpr = _pair_text(BITS, DTYPE == gl.bfloat16, INDEX, HAS_ZEROS)  # noqa: SIM300
+def _pairs(
+    words, centre, factor, INDEX: gl.constexpr, BITS: gl.constexpr, DTYPE: gl.constexpr, HAS_ZEROS: gl.constexpr,
+    SCALED: gl.constexpr,
+):  # fmt: skip
+    """Pair INDEX of every word as two floats in one int32. ``centre`` is read only with zeros, ``factor`` if SCALED."""
+    TEXT: gl.constexpr = _pair_text(BITS, DTYPE == gl.bfloat16, INDEX, HAS_ZEROS, SCALED)  # noqa: SIM300
     shifted = words >> _pair_shift(BITS, DTYPE == gl.bfloat16, INDEX)  # noqa: SIM300
-    if HAS_ZEROS:
+    if HAS_ZEROS and SCALED:
         return gl.inline_asm_elementwise(
-            TEXT, "=r,r,r", [shifted, centre], dtype=gl.int32, is_pure=True, pack=1
+            TEXT, "=r,r,r,r", [shifted, centre, factor], dtype=gl.int32, is_pure=True, pack=1
         )  # fmt: skip
+    elif HAS_ZEROS or SCALED:
+        other = centre if HAS_ZEROS else factor
+        return gl.inline_asm_elementwise(TEXT, "=r,r,r", [shifted, other], dtype=gl.int32, is_pure=True, pack=1)
     else:
         return gl.inline_asm_elementwise(TEXT, "=r,r", [shifted], dtype=gl.int32, is_pure=True, pack=1)
 
@@ -54,40 +60,56 @@ def centre_of(zeros, like, BITS: gl.constexpr, DTYPE: gl.constexpr, WORDS: gl.co
     else:
         half = (128.0 - zeros.to(gl.float32)).to(gl.bfloat16).to(gl.uint16, bitcast=True)
         both = half.to(gl.int32) * 0x10001
-    LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, WORDS)))
-    both = gl.convert_layout(both, LAYOUT, assert_trivial=True)
-    return both[:, None, None, None] | (like & 0)
+    return _of_rows(both, like, WORDS)
 
 
 @gluon.jit
-def _pair_columns(words, centre, INDEX: gl.constexpr, BITS: gl.constexpr, DTYPE: gl.constexpr, HAS_ZEROS: gl.constexpr):
+def factor_of(scales, factors, like, WORDS: gl.constexpr):
+    """Scales (64,) times the rows' factors (64,) fp32 -> twice in fp16 in an int32, shape and layout of words."""
+    half = (scales.to(gl.float32) * factors).to(gl.float16).to(gl.uint16, bitcast=True)
+    return _of_rows(half.to(gl.int32) * 0x10001, like, WORDS)
+
+
+@gluon.jit
+def _of_rows(values, like, WORDS: gl.constexpr):
+    """One int32 per row (64,), in the layout of the accumulator's rows -> shape and layout of words."""
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, WORDS)))
+    values = gl.convert_layout(values, LAYOUT, assert_trivial=True)
+    return values[:, None, None, None] | (like & 0)
+
+
+@gluon.jit
+def _pair_columns(
+    words, centre, factor, INDEX: gl.constexpr, BITS: gl.constexpr, DTYPE: gl.constexpr, HAS_ZEROS: gl.constexpr,
+    SCALED: gl.constexpr,
+):  # fmt: skip
     """Pair INDEX of words (64, t, b, u): (64, t, b, u, h)."""
-    pairs = _pairs(words, centre, INDEX, BITS, DTYPE, HAS_ZEROS)
+    pairs = _pairs(words, centre, factor, INDEX, BITS, DTYPE, HAS_ZEROS, SCALED)
     low = pairs.to(gl.uint16).to(DTYPE, bitcast=True)
     return gl.join(low, (pairs >> 16).to(gl.uint16).to(DTYPE, bitcast=True))
 
 
 @gluon.jit
 def fragment_of(
-    words, centre, FIRST: gl.constexpr, COUNT: gl.constexpr, BITS: gl.constexpr, DTYPE: gl.constexpr,
-    HAS_ZEROS: gl.constexpr, MMA: gl.constexpr,
+    words, centre, factor, FIRST: gl.constexpr, COUNT: gl.constexpr, BITS: gl.constexpr, DTYPE: gl.constexpr,
+    HAS_ZEROS: gl.constexpr, SCALED: gl.constexpr, MMA: gl.constexpr,
 ):  # fmt: skip
     """Columns 32 * FIRST .. 32 * (FIRST + COUNT) of a unit as wgmma's register operand, (64, 32 * COUNT).
 
     Column ``32i + 16b + 8u + 2t + h`` is where layout.py puts it. assert_trivial is the compiler's proof that every
     lane already holds the elements that the instruction wants of it: no shuffle, no shared memory.
     """
-    columns = _pair_columns(words, centre, FIRST, BITS, DTYPE, HAS_ZEROS)
+    columns = _pair_columns(words, centre, factor, FIRST, BITS, DTYPE, HAS_ZEROS, SCALED)
     if COUNT == 1:
         columns = gl.permute(columns, (0, 2, 3, 1, 4))
     elif COUNT == 2:
-        columns = gl.join(columns, _pair_columns(words, centre, FIRST + 1, BITS, DTYPE, HAS_ZEROS))
-        columns = gl.permute(columns, (0, 5, 2, 3, 1, 4))
+        second = _pair_columns(words, centre, factor, FIRST + 1, BITS, DTYPE, HAS_ZEROS, SCALED)
+        columns = gl.permute(gl.join(columns, second), (0, 5, 2, 3, 1, 4))
     else:
-        even = gl.join(columns, _pair_columns(words, centre, FIRST + 2, BITS, DTYPE, HAS_ZEROS))
+        even = gl.join(columns, _pair_columns(words, centre, factor, FIRST + 2, BITS, DTYPE, HAS_ZEROS, SCALED))
         odd = gl.join(
-            _pair_columns(words, centre, FIRST + 1, BITS, DTYPE, HAS_ZEROS),
-            _pair_columns(words, centre, FIRST + 3, BITS, DTYPE, HAS_ZEROS),
+            _pair_columns(words, centre, factor, FIRST + 1, BITS, DTYPE, HAS_ZEROS, SCALED),
+            _pair_columns(words, centre, factor, FIRST + 3, BITS, DTYPE, HAS_ZEROS, SCALED),
         )
         columns = gl.permute(gl.join(even, odd), (0, 5, 6, 2, 3, 1, 4))
     operand: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
@@ -95,7 +117,7 @@ def fragment_of(
 
 
 @gluon.jit
-def load_words(w_ring, slot, UNIT: gl.constexpr, WORDS: gl.constexpr):
-    """One slot's words of 64 rows, (64, t, b, u): word ``t + 4 * (2b + u)``. Two 16-byte loads per lane."""
-    words = gl.reshape(w_ring.index(slot).load(UNIT), (64, 4, 2, 2))
-    return gl.convert_layout(words, WORDS, assert_trivial=True)
+def load_words(w_ring, slot, BLOCK: gl.constexpr, UNIT_OF_STEP: gl.constexpr, UNIT: gl.constexpr, WORDS: gl.constexpr):
+    """One unit of a slot's BLOCK-th 64 rows, (64, t, b, u): word ``t + 4 * (2b + u)``. Two 16-byte loads per lane."""
+    unit = w_ring.index(slot).slice(BLOCK * 4, 4, dim=0).slice(UNIT_OF_STEP * 8, 8, dim=1)
+    return gl.convert_layout(gl.reshape(unit.load(UNIT), (64, 4, 2, 2)), WORDS, assert_trivial=True)

@@ -22,7 +22,6 @@ __all__ = [
     "runs_of_step",
     "slot_of",
     "slot_phase",
-    "unit_slot",
 ]
 
 STEP = 128
@@ -44,10 +43,11 @@ def pair_shift(bits: int, bf16: bool, index: int) -> int:
     return 0 if bits == 8 and not bf16 else bits * index
 
 
-def pair_text(bits: int, bf16: bool, index: int, has_zeros: bool) -> str:
+def pair_text(bits: int, bf16: bool, index: int, has_zeros: bool, scaled: bool = False) -> str:
     """PTX from a shifted word ``$1`` to two floats ``code - zero`` in ``$0``; with zeros, ``$2`` is what to add.
 
-    See hopper_operand.py's table. Constants that lop3 and add cannot both hold are registers.
+    See hopper_operand.py's table. Constants that lop3 and add cannot both hold are registers. ``scaled``, fp16 only:
+    times the last operand, rounded.
     """
     if bf16 and bits == 8:
         raw = (
@@ -65,12 +65,13 @@ def pair_text(bits: int, bf16: bool, index: int, has_zeros: bool) -> str:
         raw = "mov.b32 c, 0x64006400; lop3.b32 a, $1, 0x000f000f, c, 0xea; "
         add, constant = "add.rn.f16x2", "0xe408e408"
     if has_zeros:
-        last = f"{add} $0, a, $2;"
+        centred = f"{add} a, a, $2; "
     elif constant is None:
-        last = "mov.b32 $0, a;"
+        centred = ""
     else:
-        last = f"mov.b32 d, {constant}; {add} $0, a, d;"
-    return f"{{ .reg .b32 a, b, c, d, m; {raw}{last} }}"
+        centred = f"mov.b32 d, {constant}; {add} a, a, d; "
+    last = f"mul.rn.f16x2 $0, a, ${3 if has_zeros else 2};" if scaled else "mov.b32 $0, a;"
+    return f"{{ .reg .b32 a, b, c, d, m; {raw}{centred}{last} }}"
 
 
 def reps(tile: Tile) -> int:
@@ -135,11 +136,6 @@ def slot_of(i: int, STAGES: int) -> int:
 def slot_phase(i: int, STAGES: int) -> int:
     """Parity of the phase of ``full[slot]`` that step i completes; the producer waits for the other of ``empty``."""
     return (i // STAGES) & 1
-
-
-def unit_slot(slot: int, block: int, unit: int, BLOCKS: int, UNITS: int) -> int:
-    """Where w_ring holds unit column ``unit`` of a step for rows 64 * block .. of the program's 64 * BLOCKS."""
-    return (slot * BLOCKS + block) * UNITS + unit
 
 
 def first_step(split: int, K: int, SPLIT_K: int) -> int:

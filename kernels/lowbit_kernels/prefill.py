@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .cases import CompileCase
-from .halves import narrow_tokens, row_factors, widen
+from .halves import to_halves, widen
 from .layout import tiles_shape, unit_columns
 from .operands import of_run, step_scales, word_offsets
 from .tiles import Problem, cdiv, run_columns
@@ -178,7 +178,8 @@ def _through_halves(
     group_size: int,
 ) -> None:
     """The same in float16, halves.py; ``out`` of a 16-bit dtype, whose memory holds the float16 sums in between."""
-    (x16, token_factors), weight_factors = narrow_tokens(x), row_factors(scales, bits)
+    x16, token_factors, weight_factors = to_halves(x, scales, bits, fp32_sums=False)
+    assert x16 is not None and token_factors is not None
     sums = out.view(torch.float16)
     chunks = _chunks(
         tiles, scales, zeros, x.shape[1], sums.dtype, bits=bits, group_size=group_size, factors=weight_factors[0]

@@ -12,11 +12,13 @@ from functools import lru_cache
 import torch
 
 from .hopper_plan import gluon_shared_bytes, gluon_why_not
+from .scaled_plan import scaled_shared_bytes, scaled_why_not
 
 __all__ = [
     "BITS",
     "FAMILIES",
     "GROUPS",
+    "HOPPER",
     "MAX_SPLIT_TILES",
     "MIN_ARCH",
     "Problem",
@@ -32,8 +34,10 @@ __all__ = [
 
 BITS = (2, 4, 8)
 GROUPS = (32, 64, 128, -1)
-FAMILIES = ("triton", "gluon", "dequant")
-"""``triton``: mma.sync or wgmma through tl.dot, every architecture. ``gluon``: sm_90 only. ``dequant``: cuBLAS."""
+FAMILIES = ("triton", "gluon", "scaled", "dequant")
+"""``triton``: mma.sync or wgmma by tl.dot, every architecture. ``gluon``, ``scaled``: sm_90. ``dequant``: cuBLAS."""
+HOPPER = ("gluon", "scaled")
+"""Families that synchronise by hand, for sm_90 alone."""
 MAX_SPLIT_TILES = 1 << 16
 """Output tiles that may be split along K: each takes a counter, of which a device has a fixed number (epilogue.py)."""
 MIN_ARCH = 75
@@ -81,7 +85,8 @@ class Tile:
         family: one of FAMILIES.
         block_m: tokens: a power of two of at least 8. For ``dequant`` without meaning (1).
         block_n: weight rows: a power of two of at least 16.
-        split_k: programs that share the columns of one (block_m, block_n) tile; 1: no workspace.
+        split_k: programs that share the columns of one (block_m, block_n) tile; 1: no workspace. For ``scaled``: that
+            share one which is left after the last whole round of tiles, in the mean.
         num_warps: 1, 2, 4 or 8.
         num_stages: steps along K whose loads are in flight, at least 1.
     """
@@ -126,8 +131,8 @@ def shared_bytes(tile: Tile, problem: Problem) -> int:
     """
     if tile.family == "dequant":
         return 0
-    if tile.family == "gluon":
-        return gluon_shared_bytes(tile, problem)
+    if tile.family in HOPPER:
+        return (gluon_shared_bytes if tile.family == "gluon" else scaled_shared_bytes)(tile, problem)
     columns = step_columns(problem.bits)
     itemsize = max(2, problem.dtype.itemsize)
     x = tile.block_m * columns * itemsize
@@ -147,10 +152,10 @@ def why_not(tile: Tile, problem: Problem, arch: int) -> str | None:
         return f"bits must be one of {BITS} and group_size one of {GROUPS}, got {problem.bits} and {problem.group_size}"
     if tile.family == "dequant":
         return None
-    if tile.family == "gluon" and arch != 90:
-        return f"the gluon family is written for sm_90, not sm_{arch}"
-    if tile.family == "gluon":
-        return gluon_why_not(tile, problem)
+    if tile.family in HOPPER and arch != 90:
+        return f"the {tile.family} family is written for sm_90, not sm_{arch}"
+    if tile.family in HOPPER:
+        return (gluon_why_not if tile.family == "gluon" else scaled_why_not)(tile, problem)
     powers = {"block_m": (tile.block_m, 8), "block_n": (tile.block_n, 16), "num_warps": (tile.num_warps, 1)}
     for name, (value, least) in powers.items():
         if value < least or value & (value - 1):

@@ -204,6 +204,10 @@ def weight_only_matmul(
         from .hopper import hopper_matmul
 
         return hopper_matmul(x, tiles, scales, zeros, bias, bits=bits, group_size=group_size, n=n, tile=tile)
+    if tile.family == "scaled":
+        from .scaled import scaled_matmul
+
+        return scaled_matmul(x, tiles, scales, zeros, bias, bits=bits, group_size=group_size, n=n, tile=tile)
     if tile.family == "dequant":
         from .prefill import dequantized_matmul
 

@@ -1,0 +1,96 @@
+"""The ring in shared memory of both Gluon kernels, hopper_kernel.py and scaled_kernel.py: filling and reading it.
+
+A slot holds a step of 128 columns: x (BLOCK_M, 128), BITS / 4 units of each 16 weight rows, scales and zeros of every
+run of columns with a scale of its own (none when one scale is for the whole row). hopper_kernel.py says why this is
+free of races. Importing this needs triton.experimental.gluon.
+"""
+
+# mypy: disable-error-code="assignment,var-annotated"
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from . import hopper_plan
+from .hopper_operand import centre_of, factor_of, fragment_of, load_words
+
+__all__ = ["fill_slot", "piece_fragment", "piece_words", "rows_of", "runs_of_step", "slot_of", "slot_phase"]
+
+runs_of_step = gluon.constexpr_function(hopper_plan.runs_of_step)
+slot_of, slot_phase = gluon.jit(hopper_plan.slot_of), gluon.jit(hopper_plan.slot_phase)
+_group_of = gluon.jit(hopper_plan.group_of)
+
+
+@gluon.jit
+def fill_slot(
+    x_desc, w_desc, s_desc, z_desc, x_ring, w_ring, s_ring, z_ring, full, empty, i, step, token, row, N, K,
+    STAGES: gl.constexpr, UNITS: gl.constexpr, GROUP: gl.constexpr, HAS_ZEROS: gl.constexpr,
+):  # fmt: skip
+    """Ask for step ``step`` of a tile, the program's i-th, once its slot is free."""
+    RUNS: gl.constexpr = runs_of_step(GROUP)
+    BYTES: gl.constexpr = (
+        x_desc.block_type.nbytes
+        + w_desc.block_type.nbytes
+        + RUNS * s_desc.block_type.nbytes
+        + (RUNS * z_desc.block_type.nbytes if HAS_ZEROS else 0)
+    )
+    slot = slot_of(i, STAGES)
+    bar = full.index(slot)
+    mbarrier.wait(empty.index(slot), slot_phase(i, STAGES) ^ 1)
+    mbarrier.expect(bar, BYTES)
+    tma.async_copy_global_to_shared(w_desc, [row // 16, step * UNITS * 8, 0], bar, w_ring.index(slot))
+    tma.async_copy_global_to_shared(x_desc, [token, step * 128], bar, x_ring.index(slot))
+    for run in gl.static_range(RUNS):
+        at = _group_of(step, run, K, GROUP, RUNS) * N + row
+        tma.async_copy_global_to_shared(s_desc, [at], bar, s_ring.index(slot * RUNS + run))
+        if HAS_ZEROS:
+            tma.async_copy_global_to_shared(z_desc, [at], bar, z_ring.index(slot * RUNS + run))
+
+
+@gluon.jit
+def rows_of(ring, index, WARPGROUP: gl.constexpr, MMA: gl.constexpr):
+    """Scales or zeros of 64 rows out of a run's BLOCK_N, as the lanes of the accumulator own them."""
+    return ring.index(index).slice(WARPGROUP * 64, 64).load(gl.SliceLayout(1, MMA))
+
+
+@gluon.jit
+def piece_words(
+    w_ring, slot, words, REP: gl.constexpr, PIECE: gl.constexpr, FIRST: gl.constexpr, BITS: gl.constexpr,
+    COLUMNS: gl.constexpr, UNIT: gl.constexpr, WORDS: gl.constexpr,
+):  # fmt: skip
+    """Words that piece PIECE of the REP-th 64 rows is made of: loaded where a unit begins, else still ``words``."""
+    if PIECE * COLUMNS % (512 // BITS) == 0:
+        words = load_words(w_ring, slot, FIRST + REP, PIECE * COLUMNS // (512 // BITS), UNIT, WORDS)
+    return words
+
+
+@gluon.jit
+def piece_fragment(
+    words, centre, factor, s_ring, z_ring, slot, row_zeros, row_factors, REP: gl.constexpr, PIECE: gl.constexpr,
+    FIRST: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr, COLUMNS: gl.constexpr, DTYPE: gl.constexpr,
+    HAS_ZEROS: gl.constexpr, SCALED: gl.constexpr, MMA: gl.constexpr, WORDS: gl.constexpr,
+):  # fmt: skip
+    """That piece's fragment, and the centre and the factor (if SCALED) that the pieces of one run share.
+
+    row_zeros: zeros of each 64 rows, where one is for the whole row. row_factors: of each 64 rows, if SCALED.
+    """
+    COLUMN: gl.constexpr = PIECE * COLUMNS
+    RUNS: gl.constexpr = runs_of_step(GROUP)
+    if not HAS_ZEROS:
+        centre = words
+    elif RUNS == 0:
+        if COLUMN == 0:
+            centre = centre_of(row_zeros[REP], words, BITS, DTYPE, WORDS)
+    elif COLUMN * RUNS % 128 == 0:
+        zeros = rows_of(z_ring, slot * RUNS + COLUMN * RUNS // 128, FIRST + REP, MMA)
+        centre = centre_of(zeros, words, BITS, DTYPE, WORDS)
+    if not SCALED:
+        factor = words
+    elif COLUMN * RUNS % 128 == 0:
+        scales = rows_of(s_ring, slot * RUNS + COLUMN * RUNS // 128, FIRST + REP, MMA)
+        factor = factor_of(scales, row_factors[REP], words, WORDS)
+    first: gl.constexpr = COLUMN % (512 // BITS) // 32
+    fragment = fragment_of(words, centre, factor, first, COLUMNS // 32, BITS, DTYPE, HAS_ZEROS, SCALED, MMA)
+    return fragment, centre, factor

@@ -1,0 +1,309 @@
+"""The Gluon kernel of scaled.py. Importing this needs triton.experimental.gluon; scaled.py does so when it is called.
+
+P programs stay on the GPU; each works through its segments (scaled_plan.py), ranges of steps of one output tile of
+``BLOCKS * 128`` weight rows by BLOCK_M tokens. One producer warp and two consumer warpgroups share a ring as in
+hopper_kernel.py, which says why that is free of races; the ring runs on from one segment to the next, so the first
+steps of a tile are on their way while the one before is stored.
+
+What differs in the consumers: the scale is in the register operand, so wgmma adds up a whole segment and its sums are
+touched once, at the end; and a product is waited for only when the next has been issued,
+
+    issue piece i    wait for piece i - 1    make fragment i + 1    issue piece i + 1    wait for piece i    ...
+
+so the tensor cores always have one to go on with, and conversions cannot be moved behind a wait: the next issue needs
+them. Piece i - 1's registers are free for fragment i + 1. A slot is handed back once the last piece that reads its x
+was waited for: in the step after it.
+"""
+
+# mypy: disable-error-code="assignment,misc,var-annotated"
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from . import scaled_plan
+from .hopper_ring import fill_slot, piece_fragment, piece_words, runs_of_step, slot_of, slot_phase
+
+__all__ = ["scaled_kernel"]
+
+_share_of = gluon.jit(scaled_plan.share_of)
+_segments_of, _segment_of = gluon.jit(scaled_plan.segments_of), gluon.jit(scaled_plan.segment_of)
+_first_sharer, _banded_tile = gluon.jit(scaled_plan.first_sharer), gluon.jit(scaled_plan.banded_tile)
+
+
+@gluon.jit
+def _produce(
+    x_desc, w_desc, s_desc, z_desc, x_ring, w_ring, s_ring, z_ring, full, empty, M, N, K, sharers, STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr, HAS_ZEROS: gl.constexpr,
+):  # fmt: skip
+    """Fill the ring with the steps of all segments, one after the other."""
+    p, programs = gl.program_id(0), gl.num_programs(0)
+    tiles_m, tiles_n, steps = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N), gl.cdiv(K, 128)
+    i = 0
+    for s in range(_segments_of(p, programs, tiles_m * tiles_n, steps, sharers)):
+        tile, first, count = _segment_of(p, s, programs, tiles_m * tiles_n, steps, sharers)
+        token_tile, row_tile = _banded_tile(tile, tiles_m, tiles_n)
+        for step in range(first, first + count):
+            fill_slot(
+                x_desc, w_desc, s_desc, z_desc, x_ring, w_ring, s_ring, z_ring, full, empty, i, step,
+                token_tile * BLOCK_M, row_tile * BLOCK_N, N, K, STAGES, BITS // 4, GROUP, HAS_ZEROS,
+            )  # fmt: skip
+            i += 1
+
+
+@gluon.jit
+def _rows(ptr, first, N, MMA: gl.constexpr):
+    """64 values from row ``first`` on, as the lanes of the accumulator own them."""
+    return gl.load(ptr + gl.minimum(first + gl.arange(0, 64, layout=gl.SliceLayout(1, MMA)), N - 1))
+
+
+@gluon.jit
+def _consume(
+    x_ring, w_ring, s_ring, z_ring, full, empty, zeros_ptr, rows_ptr, done, row, N, steps, WARPGROUP: gl.constexpr,
+    BLOCKS: gl.constexpr, STAGES: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr, HAS_ZEROS: gl.constexpr,
+    BLOCK_M: gl.constexpr, PIECE_COLUMNS: gl.constexpr, MMA: gl.constexpr, UNIT: gl.constexpr, WORDS: gl.constexpr,
+):  # fmt: skip
+    """``steps`` steps of one warpgroup, of which ``done`` came before in the ring: its BLOCKS sums (64, BLOCK_M)."""
+    DTYPE: gl.constexpr = x_ring.dtype
+    RUNS: gl.constexpr = runs_of_step(GROUP)
+    SCALED: gl.constexpr = RUNS > 0
+    COLUMNS: gl.constexpr = min(512 // BITS, 128 // max(RUNS, 1), PIECE_COLUMNS)
+    PIECES: gl.constexpr = 128 // COLUMNS  # of 64 rows in a step
+    FIRST: gl.constexpr = WARPGROUP * BLOCKS
+    accs, zeros, factors = (), (), ()
+    for block in gl.static_range(BLOCKS):
+        accs = accs + (gl.zeros((64, BLOCK_M), gl.float32, layout=MMA),)  # noqa: RUF005
+        if HAS_ZEROS and not SCALED:
+            zeros = zeros + (_rows(zeros_ptr, row + block * 64, N, MMA),)  # noqa: RUF005
+        if SCALED:
+            factors = factors + (_rows(rows_ptr, row + block * 64, N, MMA),)  # noqa: RUF005
+    slot = slot_of(done, STAGES)
+    mbarrier.wait(full.index(slot), slot_phase(done, STAGES))
+    words = piece_words(w_ring, slot, 0, 0, 0, FIRST, BITS, COLUMNS, UNIT, WORDS)
+    fragment, centre, factor = piece_fragment(
+        words, 0, 0, s_ring, z_ring, slot, zeros, factors, 0, 0, FIRST, BITS, GROUP, COLUMNS, DTYPE, HAS_ZEROS, SCALED,
+        MMA, WORDS,
+    )  # fmt: skip
+    for i in range(done, done + steps):
+        slot, after = slot_of(i, STAGES), slot_of(i + 1, STAGES)
+        for piece in gl.static_range(PIECES * BLOCKS):
+            # words of the next piece: of these rows, of the next 64, or the first of the next step. Past the last step
+            # of this slot again: the one behind it is being filled for the next tile
+            behind = slot
+            if piece == PIECES * BLOCKS - 1:
+                more = i + 1 < done + steps
+                mbarrier.wait(full.index(after), slot_phase(i + 1, STAGES), pred=more)
+                behind = gl.where(more, after, slot)
+            words = piece_words(
+                w_ring, behind, words, (piece + 1) // PIECES % BLOCKS, (piece + 1) % PIECES, FIRST, BITS, COLUMNS, UNIT,
+                WORDS,
+            )  # fmt: skip
+            x = x_ring.index(slot).slice(piece % PIECES * COLUMNS, COLUMNS, dim=1).permute((1, 0))
+            new = ()
+            for block in gl.static_range(BLOCKS):
+                if block == piece // PIECES:
+                    new = new + (warpgroup_mma(fragment, x, accs[block], use_acc=True, is_async=True),)  # noqa: RUF005
+                else:
+                    new = new + (accs[block],)  # noqa: RUF005
+            # while the tensor cores work
+            fragment, centre, factor = piece_fragment(
+                words, centre, factor, s_ring, z_ring, behind, zeros, factors, (piece + 1) // PIECES % BLOCKS,
+                (piece + 1) % PIECES, FIRST, BITS, GROUP, COLUMNS, DTYPE, HAS_ZEROS, SCALED, MMA, WORDS,
+            )  # fmt: skip
+            if BLOCKS == 1:
+                accs = (warpgroup_mma_wait(0, deps=[new[0]]),)
+            else:
+                accs = warpgroup_mma_wait(0, deps=[new[0], new[1]])
+        mbarrier.arrive(empty.index(slot))
+    return accs
+
+
+@gluon.jit
+def _store(
+    acc, scales_ptr, rows_ptr, tokens_ptr, bias_ptr, out_ptr, token, first, M, N, SCALED: gl.constexpr,
+    HAS_TOKENS: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, MMA: gl.constexpr,
+):  # fmt: skip
+    """Sums (64, BLOCK_M) of rows ``first ..`` over what x and weights were multiplied by, plus bias, rounded once."""
+    STORE: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])  # 64 rows of four tokens per warp
+    if SCALED:
+        acc *= _rows(rows_ptr + N, first, N, MMA)[:, None]
+    else:
+        acc *= _rows(scales_ptr, first, N, MMA).to(gl.float32)[:, None]
+    if HAS_TOKENS:
+        acc *= gl.load(tokens_ptr + token + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA)))[None, :]
+    if HAS_BIAS:
+        acc += _rows(bias_ptr, first, N, MMA).to(gl.float32)[:, None]
+    # through shared memory: a lane holds two rows of two tokens, and out wants rows side by side
+    out = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), STORE)
+    rows = first + gl.arange(0, 64, layout=gl.SliceLayout(1, STORE))
+    tokens = token + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, STORE))
+    ptrs = out_ptr + tokens.to(gl.int64)[None, :] * N + rows[:, None]
+    gl.store(ptrs, out, mask=(rows < N)[:, None] & (tokens < M)[None, :])
+
+
+@gluon.jit
+def _last_of(
+    accs, partials_ptr, counters_ptr, p, left, left_steps, steps, sharers, WARPGROUP: gl.constexpr,
+    BLOCKS: gl.constexpr, BLOCK_M: gl.constexpr, MMA: gl.constexpr,
+):  # fmt: skip
+    """Publish a warpgroup's sums of left tile ``left``; whether all its sharers', of whom p is one, are published."""
+    SIZE: gl.constexpr = BLOCKS * 64 * BLOCK_M
+    second = left - _share_of(p, left_steps, sharers) // steps
+    base = partials_ptr + ((2 * p + second) * 2 + WARPGROUP).to(gl.int64) * SIZE
+    place = _places(BLOCK_M, MMA)
+    for block in gl.static_range(BLOCKS):
+        gl.store(base + block * 64 * BLOCK_M + place, accs[block])
+    first, last = (
+        _first_sharer(left * steps, left_steps, sharers),
+        _first_sharer(left * steps + steps - 1, left_steps, sharers),
+    )
+    # all stores of the warpgroup, then the one thread that releases them (cumulatively) and acquires the others'
+    gl.thread_barrier()
+    arrived = gl.atomic_add(counters_ptr + left * 2 + WARPGROUP, 1, sem="acq_rel", scope="gpu")
+    gl.thread_barrier()
+    return arrived == last - first
+
+
+@gluon.jit
+def _places(BLOCK_M: gl.constexpr, MMA: gl.constexpr):
+    lanes = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
+    return (lanes * BLOCK_M)[:, None] + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))[None, :]
+
+
+@gluon.jit
+def _sum_of(
+    partials_ptr, left, left_steps, steps, sharers, block, WARPGROUP: gl.constexpr, BLOCKS: gl.constexpr,
+    BLOCK_M: gl.constexpr, MMA: gl.constexpr,
+):  # fmt: skip
+    """All sharers' sums of 64 rows of a left tile, added in the order of k."""
+    SIZE: gl.constexpr = BLOCKS * 64 * BLOCK_M
+    acc = gl.zeros((64, BLOCK_M), gl.float32, layout=MMA)
+    place = _places(BLOCK_M, MMA)
+    first, last = (
+        _first_sharer(left * steps, left_steps, sharers),
+        _first_sharer(left * steps + steps - 1, left_steps, sharers),
+    )
+    for p in range(first, last + 1):
+        second = left - _share_of(p, left_steps, sharers) // steps
+        base = partials_ptr + ((2 * p + second) * 2 + WARPGROUP).to(gl.int64) * SIZE
+        # past the first-level cache, which may hold what was here before
+        acc += gl.load(base + block * 64 * BLOCK_M + place, cache_modifier=".cg")
+    return acc
+
+
+@gluon.jit
+def _warpgroup(
+    x_ring, w_ring, s_ring, z_ring, full, empty, scales_ptr, zeros_ptr, rows_ptr, tokens_ptr, bias_ptr, out_ptr,
+    partials_ptr, counters_ptr, M, N, K, sharers, WARPGROUP: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr,
+    BITS: gl.constexpr, GROUP: gl.constexpr, HAS_ZEROS: gl.constexpr, HAS_TOKENS: gl.constexpr, HAS_BIAS: gl.constexpr,
+    BLOCK_M: gl.constexpr, PIECE_COLUMNS: gl.constexpr, MMA: gl.constexpr, UNIT: gl.constexpr, WORDS: gl.constexpr,
+):  # fmt: skip
+    """A consumer: the sums of each of the program's segments, and its rows of out where it has them all."""
+    p, programs = gl.program_id(0), gl.num_programs(0)
+    tiles_m, tiles_n, steps = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCKS * 128), gl.cdiv(K, 128)
+    tiles = tiles_m * tiles_n
+    whole = tiles // programs * programs
+    left_steps = (tiles - whole) * steps
+    done = 0
+    for s in range(_segments_of(p, programs, tiles, steps, sharers)):
+        tile, _, count = _segment_of(p, s, programs, tiles, steps, sharers)
+        token_tile, row_tile = _banded_tile(tile, tiles_m, tiles_n)
+        row = (row_tile * 2 + WARPGROUP) * (BLOCKS * 64)
+        accs = _consume(
+            x_ring, w_ring, s_ring, z_ring, full, empty, zeros_ptr, rows_ptr, done, row, N, count, WARPGROUP, BLOCKS,
+            STAGES, BITS, GROUP, HAS_ZEROS, BLOCK_M, PIECE_COLUMNS, MMA, UNIT, WORDS,
+        )  # fmt: skip
+        done += count
+        if count == steps:
+            for block in gl.static_range(BLOCKS):
+                _store(
+                    accs[block], scales_ptr, rows_ptr, tokens_ptr, bias_ptr, out_ptr, token_tile * BLOCK_M,
+                    row + block * 64, M, N, GROUP != -1, HAS_TOKENS, HAS_BIAS, BLOCK_M, MMA,
+                )  # fmt: skip
+        else:
+            left = tile - whole
+            if _last_of(
+                accs, partials_ptr, counters_ptr, p, left, left_steps, steps, sharers, WARPGROUP, BLOCKS, BLOCK_M, MMA
+            ):
+                for block in gl.static_range(BLOCKS):
+                    acc = _sum_of(
+                        partials_ptr, left, left_steps, steps, sharers, block, WARPGROUP, BLOCKS, BLOCK_M, MMA
+                    )
+                    _store(
+                        acc, scales_ptr, rows_ptr, tokens_ptr, bias_ptr, out_ptr, token_tile * BLOCK_M,
+                        row + block * 64, M, N, GROUP != -1, HAS_TOKENS, HAS_BIAS, BLOCK_M, MMA,
+                    )  # fmt: skip
+                gl.store(counters_ptr + left * 2 + WARPGROUP, 0)
+
+
+@gluon.jit(do_not_specialize=["M", "sharers"])
+def scaled_kernel(
+    x_desc,  # (M, K) fp16 in blocks of (BLOCK_M, 128)
+    w_desc,  # (ceil(N / 16), 8 * units along K, 32) int32 in blocks of (BLOCK_N / 16, 2 * BITS, 32)
+    s_desc,  # (G * N,) scales in blocks of BLOCK_N
+    z_desc,  # (G * N,) zeros likewise; the scales' again unless HAS_ZEROS
+    scales_ptr,  # (G, N); read only when GROUP is -1
+    zeros_ptr,  # (G, N) likewise, unused unless HAS_ZEROS
+    rows_ptr,  # (2, N) fp32: what the weights' rows are multiplied by, and its reciprocal; unused when GROUP is -1
+    tokens_ptr,  # (M padded to BLOCK_M) fp32: reciprocal of what x's rows were multiplied by, unused unless HAS_TOKENS
+    bias_ptr,  # (N,), unused unless HAS_BIAS
+    out_ptr,  # (M, N)
+    partials_ptr,  # (2 * programs, 2, BLOCKS * 64, BLOCK_M) fp32, unused unless tiles are shared
+    counters_ptr,  # (left tiles * 2,) int32 zeros, likewise; zeros again afterwards
+    M,
+    N,
+    K,
+    sharers,  # programs that share the left tiles, at least as many as those; any positive number where there are none
+    BITS: gl.constexpr,
+    GROUP: gl.constexpr,
+    HAS_ZEROS: gl.constexpr,
+    HAS_TOKENS: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    STAGES: gl.constexpr,
+    PIECE_COLUMNS: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+    UNIT: gl.constexpr,
+    WORDS: gl.constexpr,
+):
+    """All segments of one of gl.num_programs(0) programs; num_warps is 4."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16])
+    BLOCK_N: gl.constexpr = BLOCKS * 128
+    ROWS: gl.constexpr = STAGES * max(runs_of_step(GROUP), 1)
+    x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, 128], x_desc.layout)
+    w_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_N // 16, 2 * BITS, 32], w_desc.layout)
+    s_ring = gl.allocate_shared_memory(s_desc.dtype, [ROWS, BLOCK_N], s_desc.layout)
+    z_ring = s_ring
+    if HAS_ZEROS:
+        z_ring = gl.allocate_shared_memory(z_desc.dtype, [ROWS, BLOCK_N], z_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES):
+        mbarrier.init(full.index(s), count=1)
+        mbarrier.init(empty.index(s), count=2)
+    fence_async_shared()
+    # tuples of constexpr are written out in place: a variable would turn them into tensors
+    gl.warp_specialize([
+        (_produce, (
+            x_desc, w_desc, s_desc, z_desc, x_ring, w_ring, s_ring, z_ring, full, empty, M, N, K, sharers, STAGES,
+            BLOCK_M, BLOCK_N, BITS, GROUP, HAS_ZEROS,
+        )),
+        (_warpgroup, (
+            x_ring, w_ring, s_ring, z_ring, full, empty, scales_ptr, zeros_ptr, rows_ptr, tokens_ptr, bias_ptr, out_ptr,
+            partials_ptr, counters_ptr, M, N, K, sharers, 0, BLOCKS, STAGES, BITS, GROUP, HAS_ZEROS, HAS_TOKENS,
+            HAS_BIAS, BLOCK_M, PIECE_COLUMNS, MMA, UNIT, WORDS,
+        )),
+        (_warpgroup, (
+            x_ring, w_ring, s_ring, z_ring, full, empty, scales_ptr, zeros_ptr, rows_ptr, tokens_ptr, bias_ptr, out_ptr,
+            partials_ptr, counters_ptr, M, N, K, sharers, 1, BLOCKS, STAGES, BITS, GROUP, HAS_ZEROS, HAS_TOKENS,
+            HAS_BIAS, BLOCK_M, PIECE_COLUMNS, MMA, UNIT, WORDS,
+        )),
+    ], [4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS])  # fmt: skip
