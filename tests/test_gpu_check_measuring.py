@@ -14,11 +14,12 @@ pytest.importorskip("triton", reason="triton is not installed (it exists for Lin
 
 import tune_main
 from check_store import Store
+from check_warm import jobs_of
 
 from lowbit_kernels import int8_tiles
 from lowbit_kernels.dispatch import parse_table
 from lowbit_kernels.int8_tiles import Int8Tile
-from lowbit_kernels.tiles import Problem
+from lowbit_kernels.tiles import FAMILIES, Problem, Tile
 
 MEASURING = """
 import functools, sys, time, types
@@ -28,7 +29,7 @@ from check_layers import Linear
 from check_report import layer_rows, short_table
 from tune_main import candidates, int8_candidates
 from tune_table import pick
-from lowbit_kernels.tiles import Problem
+from lowbit_kernels.tiles import FAMILIES, Problem, Tile
 
 class Timer:
     def __init__(self, calls):
@@ -193,6 +194,28 @@ def test_the_tuner_tries_every_int8_tile_that_can_win():
         tiles = tune_main.int8_candidates(m, 8192, 8192, 90, 132)
         assert len(tiles) == len(set(tiles)) and all(tile.block_m <= max(16, 2 * m) for tile in tiles)
         assert len({(tile.block_m, tile.block_n) for tile in tiles}) == (1 if m == 1 else 5 if m == 64 else 6)
+
+
+def test_what_stands_for_any_shape_is_measured_first():
+    """So a run that stops early has a table for every width; and a family may be left out."""
+    options = tune_main.parse(["--dry-run", "--without", "gluon", "--without", "scaled"])
+    todo = tune_main.work(options, 90, 132, torch.bfloat16)
+    any_shape = [(case.problem.n, case.problem.k) == tune_main.ANY for case in todo]
+    assert any_shape == sorted(any_shape, reverse=True) and sum(any_shape) == 4 * len(tune_main.M_BUCKETS)
+    assert len({case.key for case in todo}) == len(todo)
+    assert {tile.family for case in todo if not case.int8 for tile in case.tiles} == {"triton", "dequant"}
+    everything = tune_main.work(tune_main.parse(["--dry-run"]), 90, 132, torch.bfloat16)
+    assert {tile.family for case in everything if not case.int8 for tile in case.tiles} == set(FAMILIES)
+    with pytest.raises(SystemExit):
+        tune_main.parse(["--dry-run", "--without", "triton"])
+
+
+def test_what_the_tuner_launches_is_compiled_once():
+    """A split of the scaled family is no other kernel; W8A8's tiles are among the jobs."""
+    todo = tune_main.work(tune_main.parse(["--dry-run"]), 90, 132, torch.bfloat16)
+    jobs = jobs_of(((case.problem, tile) for case in todo for tile in case.tiles), 90)
+    assert len(jobs) == len(set(jobs)) < 1000 and any(isinstance(job.tile, Int8Tile) for job in jobs)
+    assert {job.tile.split_k for job in jobs if isinstance(job.tile, Tile) and job.tile.family == "scaled"} == {1}
 
 
 def test_an_incomplete_table_is_not_written(tmp_path):

@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 from triton.runtime.jit import JITFunction
 
+from lowbit_kernels.int8_tiles import Int8Tile
 from lowbit_kernels.tiles import Problem, Tile, fits
 
 __all__ = ["Job", "compile_only", "jobs_of", "warm"]
@@ -28,20 +29,22 @@ ROWS = 64
 
 @dataclass(frozen=True)
 class Job:
-    """One launch: the problem with few weight rows and few tokens, and its tile."""
+    """One launch: the problem with few weight rows and few tokens, and its tile; W8A8's where that is an Int8Tile."""
 
     problem: Problem
-    tile: Tile
+    tile: Tile | Int8Tile
 
 
-def jobs_of(work: Iterable[tuple[Problem, Tile]], arch: int) -> list[Job]:
+def jobs_of(work: Iterable[tuple[Problem, Tile | Int8Tile]], arch: int) -> list[Job]:
     """The distinct launches behind some problems and tiles, in order; those that shrink to one another count once."""
     found: dict[Job, None] = {}
     for problem, tile in work:
         few_m = problem.m if problem.m <= 1 else 16 if problem.m % 16 == 0 else 17
         few_n = ROWS if problem.n % 16 == 0 else ROWS + 1
         small = replace(problem, m=few_m, n=few_n)
-        if fits(tile, small, arch):
+        if isinstance(tile, Tile) and tile.family == "scaled":
+            tile = replace(tile, split_k=1)  # it is not compiled in
+        if isinstance(tile, Int8Tile) or fits(tile, small, arch):
             found[Job(small, tile)] = None
     return list(found)
 
@@ -79,6 +82,9 @@ def _compile(jobs: list[Job]) -> int:
     with compile_only():
         for job in jobs:
             p = job.problem
+            if isinstance(job.tile, Int8Tile):
+                done += _compile_int8(p, job.tile, device)
+                continue
             packed = random_packed(p.n, p.k, p.bits, p.group_size, p.dtype, device, asymmetric=p.asymmetric)
             try:
                 packed(torch.zeros(p.m, p.k, dtype=p.dtype, device=device), tile=job.tile)
@@ -86,3 +92,15 @@ def _compile(jobs: list[Job]) -> int:
             except Exception:  # the run itself reports it, with the case it belongs to
                 continue
     return done
+
+
+def _compile_int8(problem: Problem, tile: Int8Tile, device: torch.device) -> int:
+    from lowbit_kernels.int8 import int8_matmul
+
+    codes = [torch.zeros(rows, problem.k, dtype=torch.int8, device=device) for rows in (problem.m, problem.n)]
+    scales = [torch.ones(rows, dtype=torch.float32, device=device) for rows in (problem.m, problem.n)]
+    try:
+        int8_matmul(codes[0], scales[0], codes[1], scales[1], None, out_dtype=problem.dtype, tile=tile)
+    except Exception:  # the run itself reports it, with the case it belongs to
+        return 0
+    return 1

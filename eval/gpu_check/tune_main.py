@@ -5,10 +5,12 @@
     scripts/tune --predict                  rewrite the predicted tables of GPUs that nobody has measured; needs no GPU
     scripts/tune --dry-run                  the plan; needs no GPU
 
-Each case is one shape, bits and number of tokens: every tile with a few splits, and the floor (dequantise in chunks,
-then cuBLAS) and the dense layer beside them, all in CUDA graphs over cold weights and interleaved, after the result of
-each tile has been compared with float64. tune_table.py has the rule of choice. W8A8 comes after: every shipped tile of
-its own with a few splits, quantization apart, the fastest is chosen (--bits w8a8: these alone).
+Each case is one shape, bits and number of tokens: every tile, alone and with the split that fills the GPU, and the
+floor (dequantise in chunks, then cuBLAS) and the dense layer beside them, all in CUDA graphs over cold weights and
+interleaved, after the result of each tile has been compared with float64. tune_table.py has the rule of choice. W8A8
+likewise: every shipped tile of its own, quantization apart, the fastest is chosen (--bits w8a8: these alone). What is
+to be measured is compiled ahead, in parallel. The shape that stands for any comes first, in every width: from then on a
+run that stops at --minutes writes the table of what it has. --without FAMILY leaves one out, as in scripts/gpu_check.
 Exit status: 0 done; 1 a tile gave a wrong result; 2 no GPU, or bad arguments; 3 stopped at --minutes, --resume goes on.
 """
 
@@ -19,8 +21,8 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from tune_table import FLOOR, M_BUCKETS, Pick, pick, rows_of, shipped_tiles, tab
 from lowbit_kernels import int8_tiles
 from lowbit_kernels.dispatch import fill_split, parse_table
 from lowbit_kernels.int8_tiles import TILES, Int8Tile
-from lowbit_kernels.tiles import FAMILIES, Problem, Tile, cdiv, fits, step_columns
+from lowbit_kernels.tiles import FAMILIES, HOPPER, Problem, Tile, fits
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 3
 SHAPES = (
@@ -61,6 +63,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--install", action="store_true", help="copy the table into the package")
     parser.add_argument("--minutes", type=float, default=25.0, help="stop before a case that begins later than this")
     parser.add_argument("--bits", default="4,8,2,w8a8", help="what to tune, comma-separated, of 4, 8, 2, w8a8")
+    parser.add_argument("--without", choices=HOPPER, action="append", default=[], help="leave out; may be repeated")
     parser.add_argument("--predict", action="store_true", help="rewrite the predicted tables and end")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and end")
     options = parser.parse_args(arguments)
@@ -76,22 +79,21 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def cases(bits: Sequence[int]) -> list[tuple[int, int, int, int]]:
-    """(bits, n, k, m) in the order of measuring: the shape that stands for any first."""
-    shapes = sorted(SHAPES, key=lambda shape: shape != ANY)
-    return [(width, n, k, m) for width in bits for n, k in shapes for m in M_BUCKETS if width != 2 or (n, k) == ANY]
+    """(bits, n, k, m) in the order of measuring: the shape that stands for any first, in every width."""
+    shapes = [(width, n, k) for width in bits for n, k in SHAPES if width != 2 or (n, k) == ANY]
+    return [(*shape, m) for shape in sorted(shapes, key=lambda shape: shape[1:] != ANY) for m in M_BUCKETS]
 
 
 def candidates(problem: Problem, arch: int, multiprocessors: int) -> list[Tile]:
-    """Every shipped tile that fits, with no split, the split that fills the GPU, and its neighbours; and the floor."""
+    """Every shipped tile that fits and may win, with no split and with the one that fills the GPU; and the floor."""
     found = []
     for tile in shipped_tiles(arch, FAMILIES, problem, fits):
-        if tile.block_m > max(16, 2 * problem.m) or (problem.m > 64 and tile.block_m < 16):
-            continue  # more than half of the tile would be padding, or every weight is read dozens of times
+        if tile.block_m > max(16, 2 * problem.m) or tile.block_m < min(64, problem.m // 8):
+            continue  # more than half of the tile would be padding, or every weight is unpacked more than 8 times
         filled = fill_split(tile, problem, arch, multiprocessors)
         if tile.family == "scaled" and problem.m <= tile.block_m // 4:
             continue  # three quarters of what the tensor cores do would be padding
-        steps = cdiv(problem.k, step_columns(problem.bits))
-        for split in sorted({1, filled, max(1, filled // 2), min(16, 2 * filled, steps)}):
+        for split in sorted({1, filled}):
             split_tile = replace(tile, split_k=split)
             if fits(split_tile, problem, arch):
                 found.append(split_tile)
@@ -104,13 +106,13 @@ def int8_cases() -> list[tuple[int, int, int]]:
 
 
 def int8_candidates(m: int, n: int, k: int, arch: int, multiprocessors: int) -> list[Int8Tile]:
-    """Every shipped tile of W8A8 that fits, with no split, the split that fills the GPU, and its neighbours."""
+    """Every shipped tile of W8A8 that fits, with no split and with the one that fills the GPU."""
     found = []
     for tile in TILES:
         if tile.block_m > max(16, 2 * m):
             continue  # more than half of the tile would be padding
         filled = int8_tiles.fill_split(tile, m, n, k, multiprocessors)
-        for split in sorted({1, filled, max(1, filled // 2), min(16, 2 * filled, cdiv(k, tile.block_k))}):
+        for split in sorted({1, filled}):
             split_tile = replace(tile, split_k=split)
             if int8_tiles.why_not(split_tile, m, n, k, arch) is None:
                 found.append(split_tile)
@@ -119,14 +121,14 @@ def int8_candidates(m: int, n: int, k: int, arch: int, multiprocessors: int) -> 
 
 def plan(options: argparse.Namespace, arch: int, multiprocessors: int, dtype: Any) -> str:
     """What would be measured, for an architecture."""
-    work = [
-        len(candidates(Problem(m, n, k, bits, GROUP, dtype), arch, multiprocessors))
-        for bits, n, k, m in cases(options.bits)
-    ]
-    if options.int8:
-        work += [len(int8_candidates(m, n, k, arch, multiprocessors)) for n, k, m in int8_cases()]
+    from check_warm import jobs_of
+
+    todo = work(options, arch, multiprocessors, dtype)
+    tiles = [len(case.tiles) for case in todo]
+    kernels = len(jobs_of(((case.problem, tile) for case in todo for tile in case.tiles), arch))
     return (
-        f"sm_{arch}: {len(work)} cases (bits, shape, tokens), {sum(work)} tiles in all, at most {max(work)} per case, "
+        f"sm_{arch}: {len(todo)} cases {sum(tiles)} tiles in all, at most {max(tiles)} per case, "
+        f"{kernels} kernels to compile, "
         f"{ROUNDS} rounds each; stops before a case that would begin after {options.minutes:g} minutes"
     )
 
@@ -193,8 +195,6 @@ def tune(options: argparse.Namespace) -> int:
     import torch
     from check_correct import CheckFailed
     from check_device import NoGpu, about, require_gpu
-    from check_time import chip_limits
-    from tune_measure import measure_case
 
     try:
         device = require_gpu()
@@ -202,63 +202,99 @@ def tune(options: argparse.Namespace) -> int:
     except (NoGpu, FileExistsError, ValueError) as error:
         print(f"scripts/tune: {error}", file=sys.stderr)
         return USAGE
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    dtype = torch.bfloat16 if store.about["arch"] >= 80 else torch.float16
-    print(plan(options, store.about["arch"], multiprocessors, dtype), file=sys.stderr)
+    arch, count = store.about["arch"], torch.cuda.get_device_properties(device).multi_processor_count
+    dtype = torch.bfloat16 if arch >= 80 else torch.float16
+    print(plan(options, arch, count, dtype), file=sys.stderr)
     deadline = time.monotonic() + 60 * options.minutes
-    for bits, n, k, m in cases(options.bits):
-        case = f"{bits} bits {n}x{k} M={m}"
-        if store.has("tune", case):
-            continue
+    todo = [case for case in work(options, arch, count, dtype) if not store.has(*case.key)]
+    _warm(todo, arch)
+    status = DONE
+    for case in todo:
         if time.monotonic() > deadline:
             print(f"stopped after {options.minutes:g} minutes; --resume goes on", file=sys.stderr)
-            return STOPPED
-        problem = Problem(m, n, k, bits, GROUP, dtype)
+            status = STOPPED
+            break
         try:
-            times, dense = measure_case(problem, candidates(problem, store.about["arch"], multiprocessors), ROUNDS)
+            print(case.measure(store), file=sys.stderr)
         except CheckFailed as error:
             print(f"scripts/tune: {error}", file=sys.stderr)
             return FAILED
-        listed = [[list(vars(tile).values()), seconds] for tile, seconds in times.items()]
-        store.add("tune", case, {"bits": bits, "n": n, "k": k, "m": m, "times": listed, "dense": dense})
-        best = pick(m, times, dense)
-        print(f"{case}: {best.tile} {best.seconds * 1e6:.1f} us, {best.over_dense:.2f}x dense", file=sys.stderr)
-    if options.int8:
-        status = _tune_int8(store, multiprocessors, dtype, deadline, options.minutes)
-        if status != DONE:
-            return status
-    made = make_table(store, store.about, multiprocessors, chip_limits()["copy_bytes_per_s"])
+    return _write(options, store, count) or status
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape and number of tokens, and the tiles to measure on it; W8A8's where they are Int8Tiles."""
+
+    problem: Problem
+    tiles: tuple[Any, ...]
+    int8: bool
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Its part and name in the records."""
+        p = self.problem
+        size = f"{p.n}x{p.k} M={p.m}"
+        return ("tune int8", f"w8a8 {size}") if self.int8 else ("tune", f"{p.bits} bits {size}")
+
+    def measure(self, store: Store) -> str:
+        """Measure and keep; a line about it. CheckFailed when a tile's result is wrong."""
+        from tune_measure import measure_case, measure_int8_case
+
+        p = self.problem
+        size = {"n": p.n, "k": p.k, "m": p.m}
+        if self.int8:
+            seconds = measure_int8_case(p.m, p.n, p.k, p.dtype, self.tiles, ROUNDS)
+            store.add(*self.key, {**size, "times": _listed(seconds)})
+            best = min(seconds, key=lambda tile: seconds[tile])
+            return f"{self.key[1]}: {best} {seconds[best] * 1e6:.1f} us"
+        times, dense = measure_case(p, self.tiles, ROUNDS)
+        store.add(*self.key, {"bits": p.bits, **size, "times": _listed(times), "dense": dense})
+        chosen = pick(p.m, times, dense)
+        return f"{self.key[1]}: {chosen.tile} {chosen.seconds * 1e6:.1f} us, {chosen.over_dense:.2f}x dense"
+
+
+def _listed(times: Mapping[Any, float]) -> list[list[Any]]:
+    return [[list(vars(tile).values()), seconds] for tile, seconds in times.items()]
+
+
+def work(options: argparse.Namespace, arch: int, multiprocessors: int, dtype: Any) -> list[Case]:
+    """Every case of a run, in order: the shape that stands for any in all widths, W8A8's too, then the others."""
+    found = []
+    for bits, n, k, m in cases(options.bits):
+        problem = Problem(m, n, k, bits, GROUP, dtype)
+        tiles = (tile for tile in candidates(problem, arch, multiprocessors) if tile.family not in options.without)
+        found.append(Case(problem, tuple(tiles), False))
+    for n, k, m in int8_cases() if options.int8 else ():
+        problem = Problem(m, n, k, 8, -1, dtype)
+        found.append(Case(problem, tuple(int8_candidates(m, n, k, arch, multiprocessors)), True))
+    return sorted(found, key=lambda case: (case.problem.n, case.problem.k) != ANY)
+
+
+def _warm(todo: Sequence[Case], arch: int) -> None:
+    """Compile in parallel what the cases will launch: one after the other it would take an hour."""
+    from check_warm import jobs_of, warm
+
+    start = time.monotonic()
+    jobs = jobs_of(((case.problem, tile) for case in todo for tile in case.tiles), arch)
+    print(f"{warm(jobs)} of {len(jobs)} kernels compiled ahead in {time.monotonic() - start:.0f} s", file=sys.stderr)
+
+
+def _write(options: argparse.Namespace, store: Store, multiprocessors: int) -> int:
+    """The table of what has been measured, if that is enough for one; DONE, or STOPPED where it is not."""
+    from check_time import chip_limits
+
+    try:
+        made = make_table(store, store.about, multiprocessors, chip_limits()["copy_bytes_per_s"])
+    except ValueError as reason:
+        print(f"no table yet: {reason}", file=sys.stderr)
+        return STOPPED
     path = options.out / table_file(store.about["gpu"])
     path.write_text(to_text(made), encoding="utf-8")
     print(f"{path}: {len(made['rows'])} rows; below the dense layer: {len(made['about']['below_dense'])} cases")
     if options.install:
         shutil.copyfile(path, TABLES / path.name)
         print(f"installed as {TABLES / path.name}")
-    return DONE
-
-
-def _tune_int8(store: Store, multiprocessors: int, dtype: Any, deadline: float, minutes: float) -> int:
-    from check_correct import CheckFailed
-    from tune_measure import measure_int8_case
-
-    for n, k, m in int8_cases():
-        case = f"w8a8 {n}x{k} M={m}"
-        if store.has("tune int8", case):
-            continue
-        if time.monotonic() > deadline:
-            print(f"stopped after {minutes:g} minutes; --resume goes on", file=sys.stderr)
-            return STOPPED
-        try:
-            times = measure_int8_case(
-                m, n, k, dtype, int8_candidates(m, n, k, store.about["arch"], multiprocessors), ROUNDS
-            )
-        except CheckFailed as error:
-            print(f"scripts/tune: {error}", file=sys.stderr)
-            return FAILED
-        listed = [[list(vars(tile).values()), seconds] for tile, seconds in times.items()]
-        store.add("tune int8", case, {"n": n, "k": k, "m": m, "times": listed})
-        best = min(times, key=lambda tile: times[tile])
-        print(f"{case}: {best} {times[best] * 1e6:.1f} us", file=sys.stderr)
     return DONE
 
 

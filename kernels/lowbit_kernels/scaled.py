@@ -112,7 +112,7 @@ def _launch(
     from .scaled_kernel import scaled_kernel
 
     constexprs = _constants(problem, tile, has_bias=bias is not None)
-    x16, tokens, rows = x, scales, scales  # arguments that the kernel does not read
+    x16, tokens, rows = x, scales, scales  # the last two: arguments that the kernel does not read
     if problem.group_size != -1 or constexprs["HAS_TOKENS"]:
         narrow, factors, rows = to_halves(x if constexprs["HAS_TOKENS"] else None, scales, problem.bits, fp32_sums=True)
         if narrow is not None and factors is not None:
@@ -133,9 +133,7 @@ def _launch(
     programs = min(multiprocessors(x.device), count * split)
     left = count % programs
     sharers = max(1, min(programs, left * split))
-    partials = counters = scales
-    if sharers > left > 0:
-        partials, counters = _workspace(programs, left, tile, x.device)
+    partials, counters = _workspace(programs, left if sharers > left else 0, tile, x.device)
     scaled_kernel[(programs,)](
         *descriptors,
         scales,
@@ -156,9 +154,13 @@ def _launch(
 
 
 def _workspace(programs: int, left: int, tile: Tile, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two places for fp32 sums per program, and two counters, zero, per left tile."""
-    partials = torch.empty(2 * programs, tile.block_n * tile.block_m, dtype=torch.float32, device=device)
-    return partials, workspace(2 * left, 1, 0, device)[1]
+    """Two places for fp32 sums per program, and two counters, zero, per left tile.
+
+    Nearly nothing where no tile is shared, but of the same types: how many tokens there are changes no compilation.
+    """
+    size = tile.block_n * tile.block_m if left else 1
+    partials = torch.empty(2 * programs, size, dtype=torch.float32, device=device)
+    return partials, workspace(max(1, 2 * left), 1, 0, device)[1]
 
 
 @cache
