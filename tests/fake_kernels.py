@@ -200,6 +200,19 @@ def _quantize(grid: tuple[int, int, int], a: dict[str, Any]) -> None:
         a["sums_ptr"].copy_(sums)
 
 
+def _int8_hopper(grid: tuple[int, int, int], a: dict[str, Any]) -> None:
+    programs = grid[0]
+    left = -(-a["M"] // a["BLOCK_M"]) * -(-a["N"] // 128) % programs
+    assert grid == (programs, 1, 1) and max(1, left) <= a["sharers"] <= programs
+    assert a["partials_ptr"].dtype == a["counters_ptr"].dtype == torch.int32
+    if a["sharers"] > left > 0:
+        assert a["partials_ptr"].numel() >= 2 * programs * a["BLOCK_M"] * 128
+        assert a["counters_ptr"].numel() >= 2 * left and not a["counters_ptr"][: 2 * left].any()
+    assert a["x_desc"].block_shape == [a["BLOCK_M"], 128] and a["w_desc"].block_shape == [128, 128]
+    x, w = (a[f"{name}_desc"].base.as_subclass(Tensor) for name in "xw")
+    _write_int8(a, x, w)
+
+
 def _int8(grid: tuple[int, int, int], a: dict[str, Any]) -> None:
     tiles = -(-a["M"] // a["BLOCK_M"]) * -(-a["N"] // a["BLOCK_N"])
     assert grid == (tiles, a["SPLIT_K"], 1)
@@ -207,9 +220,14 @@ def _int8(grid: tuple[int, int, int], a: dict[str, Any]) -> None:
         assert a["partials_ptr"].dtype == a["counters_ptr"].dtype == torch.int32
         assert a["partials_ptr"].numel() >= tiles * a["SPLIT_K"] * a["BLOCK_M"] * a["BLOCK_N"]
         assert a["counters_ptr"].numel() >= tiles and not a["counters_ptr"][:tiles].any()
-    total = a["x_ptr"].double() @ a["w_ptr"].double().t()
+    _write_int8(a, a["x_ptr"], a["w_ptr"])
+
+
+def _write_int8(a: dict[str, Any], x: Tensor, w: Tensor) -> None:
+    assert x.shape == (a["M"], a["K"]) and w.shape == (a["N"], a["K"])
+    total = x.double() @ w.double().t()
     if a["HAS_ZEROS"]:
-        assert torch.equal(a["sums_ptr"].long(), a["x_ptr"].long().sum(1))
+        assert torch.equal(a["sums_ptr"].long(), x.long().sum(1))
         total -= a["sums_ptr"].double()[:, None] * a["zero_ptr"].double()
     out = total * a["x_scale_ptr"].double()[:, None] * a["w_scale_ptr"].double()
     a["out_ptr"].copy_(out + a["bias_ptr"].double() if a["HAS_BIAS"] else out)
@@ -228,4 +246,5 @@ _ACTED: dict[str, Callable[[tuple[int, int, int], dict[str, Any]], None]] = {
     "widen_kernel": _widen,
     "_quantize_kernel": _quantize,
     "_int8_matmul_kernel": _int8,
+    "int8_hopper_kernel": _int8_hopper,
 }

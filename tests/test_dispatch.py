@@ -83,6 +83,33 @@ def test_more_tokens_take_wider_tiles():
         assert tiles[0].family != "dequant" and tiles[0].block_m <= 16
 
 
+@pytest.mark.parametrize("family, tile", [("gluon", [64, 256, 0, 8, 6]), ("scaled", [128, 256, 0, 8, 4])])
+def test_a_measured_table_may_pick_what_the_copy_engine_feeds(family, tile, monkeypatch):
+    """Where it fits; for scales that it cannot read, widths and rows that it has not, older GPUs there is another."""
+    from lowbit_kernels import dispatch
+
+    rows = [
+        {"bits": bits, "group": None, "n": None, "k": None, "m": None, "tile": [family, *tile]} for bits in (2, 4, 8)
+    ]
+    table = parse_table({**GOOD, "rows": rows}, "x")
+    monkeypatch.setattr(dispatch, "table_for", lambda *_: table)
+    choose = dispatch._choose.__wrapped__
+    problem = Problem(300, 4096, 4096, 4, 128, torch.bfloat16)
+    assert choose(problem, 90, None, False, True).family == family
+    others = [
+        choose(problem, 90, None, False, False),
+        choose(replace(problem, bits=2), 90, None, False, True),
+        choose(replace(problem, k=4100, group_size=-1), 90, None, False, True),
+        choose(problem, 80, None, False, True),
+        choose(problem, 90, None, True, False),
+    ]
+    archs = [90, 90, 90, 80, 90]
+    problems = [problem, replace(problem, bits=2), replace(problem, k=4100, group_size=-1), problem, problem]
+    for other, arch, wanted in zip(others, archs, problems, strict=True):
+        assert other.family in ("triton", "dequant") and fits(other, wanted, arch), other
+    assert others[-1].family == "triton", "the batch-invariant mode never takes cuBLAS"
+
+
 def test_a_few_tokens_fill_the_gpu():
     """At M = 1 no layer of a large model leaves half of the multiprocessors without a program."""
     for n, k in MODEL_SHAPES[:8]:

@@ -152,7 +152,7 @@ def test_a_measured_table_chooses_the_tiles_of_w8a8(tmp_path, monkeypatch):
     store = Store(tmp_path, ABOUT, resume=False)
     for bits in (2, 4, 8):
         tuned(store, bits, 8192, 8192, 1e-6, 1e-4, 8e-5)
-    few, many = [16, 64, 256, 3, 4, 4], [128, 128, 128, 1, 8, 4]
+    few, many = [16, 64, 256, 3, 4, 4], [128, 128, 128, 1, 8, 6, "gluon"]
     for n, k in ((8192, 8192), (4096, 4096), (6144, 4096)):
         for m in tune_main.M_BUCKETS[: 3 if n == 6144 else None]:
             record = {"n": n, "k": k, "m": m, "times": [[few, 1e-6 * m], [many, 4e-5 if n == 8192 else 9e-6]]}
@@ -169,12 +169,14 @@ def test_a_measured_table_chooses_the_tiles_of_w8a8(tmp_path, monkeypatch):
     assert (other.block_m, other.block_n) == (16, 64)
     assert other.split_k == int8_tiles.fill_split(other, 8, 200, 9000, 132)
     assert pick_tile(4000, 4096, 4096, 86) != Int8Tile(*many), "does not fit there: the rule chooses"
+    assert pick_tile(4000, 4096, 4100, 90).family == "triton", "rows that the copy engine cannot take"
 
 
 @pytest.mark.parametrize(
     "rows, message",
     [
         ([{"n": 8, "k": 8, "m": None, "tile": [16, 64]}], "block_m, block_n, block_k"),
+        ([{"n": 8, "k": 8, "m": None, "tile": [16, 64, 256, 0, 4, 4, "cuda"]}], '"gluon" behind them'),
         ([{"n": 8, "k": None, "m": None, "tile": [16, 64, 256, 0, 4, 4]}], "given together"),
         ([{"n": 8, "k": 8, "m": 4, "tile": [16, 64, 256, 0, 4, 4]}], "must have m null"),
         ([{"n": 8, "k": 8, "tile": [16, 64, 256, 0, 4, 4]}], "exactly the keys n, k, m and tile"),
@@ -193,7 +195,11 @@ def test_the_tuner_tries_every_int8_tile_that_can_win():
     for m in (1, 64, 4096):
         tiles = tune_main.int8_candidates(m, 8192, 8192, 90, 132)
         assert len(tiles) == len(set(tiles)) and all(tile.block_m <= max(16, 2 * m) for tile in tiles)
-        assert len({(tile.block_m, tile.block_n) for tile in tiles}) == (1 if m == 1 else 5 if m == 64 else 6)
+        triton = {(tile.block_m, tile.block_n) for tile in tiles if tile.family == "triton"}
+        assert len(triton) == (1 if m == 1 else 5 if m == 64 else 6)
+        gluon = {tile.block_m for tile in tiles if tile.family == "gluon"}
+        assert gluon == {1: set(), 64: {64, 128}, 4096: {64, 128, 256}}[m]
+        assert not any(tile.family == "gluon" for tile in tune_main.int8_candidates(m, 8192, 8192, 80, 108))
 
 
 def test_what_stands_for_any_shape_is_measured_first():

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -32,7 +33,7 @@ from fake_gpu import GpuTensor, fake_gpu  # noqa: E402
 from lowbit_kernels import epilogue, weight_only  # noqa: E402
 from lowbit_kernels.hopper_plan import gluon_why_not  # noqa: E402
 from lowbit_kernels.int8 import int8_linear, int8_matmul  # noqa: E402
-from lowbit_kernels.int8_tiles import TILES  # noqa: E402
+from lowbit_kernels.int8_tiles import HOPPER_TILES, TILES  # noqa: E402
 from lowbit_kernels.tiles import FAMILIES, Problem, Tile, fits  # noqa: E402
 
 BF16 = torch.bfloat16
@@ -93,6 +94,15 @@ def test_every_int8_tile_is_launched_with_the_right_arguments(gpu):
             out = int8_matmul(x_q, x_scale, codes, scales, None, out_dtype=BF16, tile=shared)
             exact = (x_q.double() @ codes.double().t()) * x_scale.double()[:, None] * scales.double()
             assert relative_rms(out, exact) < 2e-3
+    for tile in HOPPER_TILES:
+        m, n, k, split = 70, 300, 400, tile.block_m // 64
+        codes, x_q = (torch.randint(-128, 128, (rows, k), dtype=torch.int8, device=CUDA) for rows in (n, m))
+        x_scale, scales = torch.rand(m, device=CUDA), torch.rand(n, device=CUDA).to(BF16)
+        zeros, sums = torch.ones(n, dtype=torch.int8, device=CUDA), x_q.sum(1, dtype=torch.int32)
+        arguments = {"out_dtype": BF16, "w_zero": zeros, "row_sums": sums, "tile": replace(tile, split_k=split)}
+        out = int8_matmul(x_q, x_scale, codes, scales, None, **arguments)
+        exact = (x_q.double() @ (codes.double() - 1).t()) * x_scale.double()[:, None] * scales.double()
+        assert relative_rms(out, exact) < 2e-3 and gpu.launches[-1].kernel == "int8_hopper_kernel"
     x = torch.randn(3, 64, device=CUDA).to(BF16)
     out = int8_linear(x, torch.ones(8, 64, dtype=torch.int8, device=CUDA), torch.ones(8, device=CUDA), None, None, None)
     assert out.shape == (3, 8) and [launch.kernel for launch in gpu.launches[-2:]] == [

@@ -32,6 +32,7 @@ SUITE = {
         "triton bfloat16": 8, "triton float16": 8, "triton same bits": 3, "dequant bfloat16": 8, "dequant float16": 8,
         "grouped": 10, "w8a8": 9, "batch invariance": 1, "dispatched": 3, "gluon bfloat16": 7,
         "gluon float16": 7, "gluon same bits": 3, "scaled bfloat16": 7, "scaled float16": 7, "scaled same bits": 2,
+        "gluon w8a8": 12,
     },
     80: {"triton bfloat16": 8, "grouped bfloat16": 3, "w8a8 bfloat16": 4},
     120: {"triton bfloat16": 8, "grouped w8a8": 2, "dequant bfloat16": 8},

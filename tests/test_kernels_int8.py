@@ -4,6 +4,8 @@ Triton decides at import whether to interpret, so these tests run in a process o
 the interpreter; the kernels see fp16 and fp32 here.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -217,6 +219,25 @@ else:
         assert torch.equal(partials[:, 0, :, 0].flatten()[:n].long(), expected[0]) and counters.tolist() == [1] * count
 
     # --- choice and errors
+
+    @pytest.mark.parametrize(
+        ("change", "arch", "k", "reason"),
+        [
+            ({}, 80, 512, "written for sm_90, not sm_80"),
+            ({}, 90, 520, "K must be a multiple of 16, got 520"),
+            ({"block_m": 32}, 90, 512, "block_m must be 64, 128 or 256"),
+            ({"block_k": 64}, 90, 512, "block_k 128"),
+            ({"num_warps": 4}, 90, 512, "num_warps 8"),
+            ({"num_stages": 9}, 90, 512, "num_stages must be 2 to 8"),
+            ({"split_k": 17}, 90, 4096, "split_k 1 to 16"),
+            ({"num_stages": 5}, 90, 512, "bytes of shared memory"),
+            ({"family": "cuda"}, 90, 512, "family must be triton or gluon, got 'cuda'"),
+        ],
+    )
+    def test_a_tile_in_gluon_that_cannot_run_says_why(change, arch, k, reason):
+        tile = Int8Tile(256, 128, 128, 1, 8, 4, "gluon")
+        assert why_not(tile, 300, 4096, 512, 90) is None
+        assert reason in why_not(replace(tile, **change), 300, 4096, k, arch)
 
     @pytest.mark.parametrize("arch", [75, 80, 86, 89, 90, 100, 120])
     def test_the_picked_tile_always_fits(arch):

@@ -1,5 +1,6 @@
 """The emulator of test_kernels_emulated.py: arithmetic as the PTX ISA defines it, and faults that it must see."""
 
+import contextlib
 import random
 import re
 import struct
@@ -16,7 +17,9 @@ pytest.importorskip("triton", reason="triton is not installed (it exists for Lin
 from check_layers import random_packed
 
 import emulated_gpu as emulation
-from lowbit_kernels import scaled
+from lowbit_kernels import int8_hopper, scaled
+from lowbit_kernels.int8 import int8_matmul
+from lowbit_kernels.int8_tiles import Int8Tile
 from lowbit_kernels.tiles import Tile
 from ptx_code import Code
 from ptx_machine import Deadlock, Machine
@@ -199,15 +202,23 @@ def test_what_is_not_known_is_an_error():
 
 TRITON, GLUON = Tile("triton", 16, 64, 2, 4, 3), Tile("gluon", 16, 128, 2, 4, 2)
 SCALED = Tile("scaled", 64, 128, 2, 8, 2)
+INT8 = Int8Tile(64, 128, 128, 2, 8, 2, "gluon")
 
 
 def launch(tile, late=True):
     """5 tokens by 128 rows of 768 columns; the machine is the one that earlier launches compiled.
 
-    The scaled family has 3 tiles for 2 programs: each has one, and half of the third.
+    Where programs stay, there are 3 tiles for 2 of them: each has one, and half of the third.
     """
-    tokens, k = (130, 384) if tile.family == "scaled" else (5, 768)
-    with emulation.emulated_gpu(90, seed=0, late=late), mock.patch.object(scaled, "multiprocessors", lambda _: 2):
+    tokens, k = (5, 768) if tile in (TRITON, GLUON) else (130, 384)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(emulation.emulated_gpu(90, seed=0, late=late))
+        for module in (scaled, int8_hopper):
+            stack.enter_context(mock.patch.object(module, "multiprocessors", lambda _: 2))
+        if tile == INT8:
+            codes, x_q = (torch.ones(rows, k, dtype=torch.int8, device=CUDA) for rows in (128, tokens))
+            x_scale, scales = torch.ones(tokens, device=CUDA), torch.ones(128, device=CUDA)
+            return int8_matmul(x_q, x_scale, codes, scales, None, out_dtype=torch.bfloat16, tile=tile)
         packed = random_packed(128, k, 4, 128, torch.bfloat16, CUDA)
         return packed(torch.randn(tokens, k, device=CUDA).to(torch.bfloat16), tile=tile)
 
@@ -262,6 +273,9 @@ def faults(machine, tile, place):
         (SCALED, "wgmma.wait_group", {PtxError}),
         (SCALED, "mbarrier.try_wait", {Race, PtxError}),
         (SCALED, "mbarrier.arrive", {Deadlock, PtxError}),
+        (INT8, "wgmma.wait_group", {PtxError, Race}),
+        (INT8, "mbarrier.try_wait", {Race, PtxError}),
+        (INT8, "mbarrier.arrive", {Deadlock, PtxError}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -284,7 +298,7 @@ def test_the_barriers_around_split_k_and_of_the_main_loop_are_missed(machine, ti
     assert min(place for place in places if place > atomic) in missed, "before others' partial sums are read"
 
 
-@pytest.mark.parametrize("tile", [SCALED], ids=["scaled"])
+@pytest.mark.parametrize("tile", [SCALED, INT8], ids=["scaled", "int8"])
 def test_the_barriers_around_shared_tiles_are_missed(machine, tile):
     """Both warpgroups: all stores before the one announcement, all loads after it."""
     barriers, atomics = instructions(machine, "bar", "sync"), instructions(machine, "atom")

@@ -59,7 +59,7 @@ def checks(device: torch.device, arch: int, *, tiny: bool, without: Sequence[str
     for family in ("triton", "dequant"):
         yield from _of_family(family, dtypes, device, arch, tiny)
     from check_grouped import grouped_checks  # which use this module
-    from check_int8 import int8_checks
+    from check_int8 import int8_checks, int8_hopper_checks
 
     yield from grouped_checks(device, dtypes, arch, tiny=tiny)
     yield from int8_checks(device, dtypes, tiny=tiny)
@@ -70,6 +70,8 @@ def checks(device: torch.device, arch: int, *, tiny: bool, without: Sequence[str
     for family in HOPPER if on_gpu and arch == 90 else ():
         if family not in without:
             yield from _of_family(family, dtypes, device, arch, tiny)
+    if on_gpu and arch == 90 and "gluon" not in without:
+        yield from int8_hopper_checks(device, dtypes, tiny=tiny)
 
 
 def _of_family(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -10,7 +11,9 @@ from check_correct import RUNS, Check, CheckFailed, limit_of
 from check_layers import poisoned_empty, relative_rms
 from torch import Tensor
 
-__all__ = ["int8_checks"]
+from lowbit_kernels.int8_tiles import HOPPER_TILES, Int8Tile
+
+__all__ = ["int8_checks", "int8_hopper_checks"]
 
 
 def int8_checks(device: torch.device, dtypes: tuple[torch.dtype, ...], *, tiny: bool) -> Iterator[Check]:
@@ -29,6 +32,48 @@ def int8_checks(device: torch.device, dtypes: tuple[torch.dtype, ...], *, tiny: 
             yield Check(name, partial(_linear, m, n, k, asymmetric, with_bias, dtype, device, name))
         yield Check(f"w8a8 {str(dtype)[6:]} rows that are not numbers", partial(_not_numbers, dtype, device))
     yield Check("w8a8 same bits on every run", partial(_same_bits, dtypes[0], device, tiny))
+
+
+def int8_hopper_checks(device: torch.device, dtypes: tuple[torch.dtype, ...], *, tiny: bool) -> Iterator[Check]:
+    """The tiles in Gluon, which sm_90 alone has: against exact integers, whole tiles and shared ones."""
+    shapes = [(5, 33, 112, True), (70, 130, 512, False)]
+    if not tiny:
+        shapes += [(64, 4096, 14336, False), (300, 2048, 4096, True), (2049, 6144, 4096, False)]
+    for number, (m, n, k, asymmetric) in enumerate(shapes):
+        for tile in HOPPER_TILES:
+            for split in (1, 3):
+                dtype = dtypes[(number + split) % len(dtypes)]
+                name = (
+                    f"gluon w8a8 {str(dtype)[6:]} {m}x{n}x{k} {'asym' if asymmetric else 'sym'} {tile.block_m} tokens"
+                )
+                shared = replace(tile, split_k=split)
+                case = partial(_hopper, m, n, k, asymmetric, dtype, device, shared, tiny)
+                yield Check(f"{name}, {split} share", case)
+
+
+def _hopper(
+    m: int, n: int, k: int, asymmetric: bool, dtype: torch.dtype, device: torch.device, tile: Int8Tile, tiny: bool
+) -> float:
+    """int8_matmul with this tile: right, and the same bits again."""
+    from lowbit_kernels.int8 import int8_matmul
+
+    torch.manual_seed(m + n + k)
+    codes, scales, zeros = _weights(n, k, asymmetric, device)
+    x = torch.randint(-128, 128, (m, k), dtype=torch.int8, device=device)
+    x_scale, bias = 0.001 + 0.001 * torch.rand(m, device=device), torch.randn(n, device=device)
+    sums = None if zeros is None else x.sum(1, dtype=torch.int32)
+    arguments = {"out_dtype": dtype, "w_zero": zeros, "row_sums": sums, "tile": tile}
+    with poisoned_empty():
+        out = int8_matmul(x, x_scale, codes, scales, bias, **arguments)
+    offset = 0.0 if zeros is None else zeros.double()[:, None]
+    exact = x.double() @ (codes.double() - offset).t() * x_scale.double()[:, None] * scales.double() + bias.double()
+    error, limit = relative_rms(out, exact), limit_of(dtype, out.numel())
+    if not error <= limit:
+        raise CheckFailed(f"{tile}, {m}x{n}x{k}: relative RMS error {error:.2e}, allowed {limit:.1e}")
+    for number in range(1 if tiny else 5):
+        if not torch.equal(int8_matmul(x, x_scale, codes, scales, bias, **arguments), out):
+            raise CheckFailed(f"{tile}, {m}x{n}x{k}: run {number + 2} of the same input gave other bits")
+    return error
 
 
 def _weights(n: int, k: int, asymmetric: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -7,7 +7,7 @@ what the next call reads. lowbit's result on the measured weight is compared wit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from check_time import GraphTimer
 from torch import Tensor
 
 from lowbit_kernels.dispatch import choose
+from lowbit_kernels.int8_tiles import HOPPER_TILES, Int8Tile, fill_split
 from lowbit_kernels.tiles import FAMILIES, HOPPER, Problem, Tile
 
 __all__ = ["MODES", "TOKENS", "Point", "free_memory", "measure", "points", "work_of_points"]
@@ -69,7 +70,7 @@ def measure(
     n, k, m = point.linear.n, point.linear.k, point.m
     x = torch.randn(m, k, device=DEVICE).to(DTYPE)
     if point.mode == "w8a8":
-        runs, tiles, errors, moved = _int8_contestants(x, n, k, point.cold)
+        runs, tiles, errors, moved = _int8_contestants(x, n, k, point.cold, arch, without)
     else:
         runs, tiles, errors, moved = _weight_only_contestants(point, x, arch, gpu, peers, without, say)
     timers: dict[str, Callable[[], float]] = {name: GraphTimer(calls) for name, calls in runs.items()}
@@ -187,7 +188,7 @@ def _cublas(first: Packed, x: Tensor, cold: int) -> list[Callable[[], object]]:
     return [lambda weight=weight: torch.nn.functional.linear(x, weight) for weight in dense]
 
 
-def _int8_contestants(x: Tensor, n: int, k: int, cold: int) -> Contestants:
+def _int8_contestants(x: Tensor, n: int, k: int, cold: int, arch: int, without: tuple[str, ...]) -> Contestants:
     from lowbit_kernels.int8 import int8_linear, int8_matmul
     from lowbit_kernels.int8_quantize import quantize_activations
 
@@ -205,12 +206,24 @@ def _int8_contestants(x: Tensor, n: int, k: int, cold: int) -> Contestants:
     error = relative_rms(ours(weights[0])[rows], exact)
     if not error <= limit_of(DTYPE, exact.numel()):
         raise CheckFailed(f"W8A8 {tuple(x.shape)} x {n}: relative RMS error {error:.2e} against its own int8 operands")
+    errors = {"lowbit": error}
     runs: dict[str, list[Callable[[], object]]] = {
         "lowbit": [lambda weight=weight: ours(weight) for weight in weights],
         "lowbit int8 matmul alone": [
             lambda weight=weight: int8_matmul(x_q, x_scale, weight, scale, None, out_dtype=DTYPE) for weight in weights
         ],
     }
+    tiles: dict[str, str] = {}
+    if arch == 90 and "gluon" not in without and k % 16 == 0:
+        name, tile = "lowbit gluon int8 matmul alone", _int8_hopper_tile(x.shape[0], n, k)
+        found = int8_matmul(x_q, x_scale, weights[0], scale, None, out_dtype=DTYPE, tile=tile)
+        errors[name], tiles[name] = relative_rms(found[rows], exact), str(tile)
+        if not errors[name] <= limit_of(DTYPE, exact.numel()):
+            raise CheckFailed(f"W8A8 {tuple(x.shape)} x {n}, {tile}: relative RMS error {errors[name]:.2e}")
+        runs[name] = [
+            lambda weight=weight: int8_matmul(x_q, x_scale, weight, scale, None, out_dtype=DTYPE, tile=tile)
+            for weight in weights
+        ]
     if x.shape[0] > 16:  # torch._int_mm refuses fewer rows
         runs["torch._int_mm"] = [lambda weight=weight: torch._int_mm(x_q, weight.t()) for weight in weights]
     dense = [
@@ -218,7 +231,13 @@ def _int8_contestants(x: Tensor, n: int, k: int, cold: int) -> Contestants:
         for _ in range(copies_for(2 * n * k, free_memory() // 4, cold))
     ]
     runs["cublas bf16"] = [lambda weight=weight: torch.nn.functional.linear(x, weight) for weight in dense]
-    return runs, {}, {"lowbit": error}, n * k + 4 * n
+    return runs, tiles, errors, n * k + 4 * n
+
+
+def _int8_hopper_tile(m: int, n: int, k: int) -> Int8Tile:
+    """The narrowest Gluon tile that holds all tokens, or the widest."""
+    tile = next((tile for tile in HOPPER_TILES if tile.block_m >= m), HOPPER_TILES[-1])
+    return replace(tile, split_k=fill_split(tile, m, n, k, _multiprocessors()))
 
 
 def _multiprocessors() -> int:

@@ -48,7 +48,9 @@ def _row(mode: str, layer: str, m: int) -> str:
     dense = sum(predict_dense(problem, H200).seconds for problem in problems)
     goal = GOALS.get((mode, layer, m))
     if mode == "w8a8":
-        parts, tiles, slots, others = [predict_int8(problem, H200) for problem in problems], "", "-", ["-", "-"]
+        parts, tiles, slots = [predict_int8(problem, H200) for problem in problems], "", "-"
+        gluon = sum(predict_int8(problem, H200, "gluon").seconds for problem in problems)
+        others = [f"{dense / gluon:.2f}x", "-"]
     else:
         chosen = [choose(problem, 90, gpu_name=H200.name) for problem in problems]
         parts = [predict(tile, problem, H200) for tile, problem in zip(chosen, problems, strict=True)]

@@ -32,7 +32,7 @@ from tune_table import FLOOR, M_BUCKETS, Pick, pick, rows_of, shipped_tiles, tab
 
 from lowbit_kernels import int8_tiles
 from lowbit_kernels.dispatch import fill_split, parse_table
-from lowbit_kernels.int8_tiles import TILES, Int8Tile
+from lowbit_kernels.int8_tiles import HOPPER_TILES, TILES, Int8Tile
 from lowbit_kernels.tiles import FAMILIES, HOPPER, Problem, Tile, fits
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 3
@@ -108,7 +108,7 @@ def int8_cases() -> list[tuple[int, int, int]]:
 def int8_candidates(m: int, n: int, k: int, arch: int, multiprocessors: int) -> list[Int8Tile]:
     """Every shipped tile of W8A8 that fits, with no split and with the one that fills the GPU."""
     found = []
-    for tile in TILES:
+    for tile in (*TILES, *HOPPER_TILES):
         if tile.block_m > max(16, 2 * m):
             continue  # more than half of the tile would be padding
         filled = int8_tiles.fill_split(tile, m, n, k, multiprocessors)
@@ -181,7 +181,8 @@ def int8_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             first = len(lines)
             for m in sorted(of_shape):
                 tile = of_shape[m] if place == (n, k) else replace(of_shape[m], split_k=0)
-                line = {"n": place[0], "k": place[1], "m": m, "tile": list(vars(tile).values())}
+                fields = [value for name, value in vars(tile).items() if name != "family" or value != "triton"]
+                line = {"n": place[0], "k": place[1], "m": m, "tile": fields}
                 if len(lines) > first and lines[-1]["tile"] == line["tile"]:
                     lines[-1]["m"] = m
                 else:
@@ -267,7 +268,8 @@ def work(options: argparse.Namespace, arch: int, multiprocessors: int, dtype: An
         found.append(Case(problem, tuple(tiles), False))
     for n, k, m in int8_cases() if options.int8 else ():
         problem = Problem(m, n, k, 8, -1, dtype)
-        found.append(Case(problem, tuple(int8_candidates(m, n, k, arch, multiprocessors)), True))
+        int8 = (t for t in int8_candidates(m, n, k, arch, multiprocessors) if t.family not in options.without)
+        found.append(Case(problem, tuple(int8), True))
     return sorted(found, key=lambda case: (case.problem.n, case.problem.k) != ANY)
 
 

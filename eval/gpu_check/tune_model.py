@@ -32,6 +32,8 @@ CHUNK_BYTES = 24 << 20
 """Unpacked weights that the dequant family holds in the L2 (lowbit_kernels/prefill.py)."""
 EFFICIENCY = {"triton": 0.60, "gluon": 0.75, "scaled": 0.90, "dequant": 0.97, "dense": 1.0}
 """Share of cuBLAS's rate that a family's tensor core instructions reach; a guess until it is measured."""
+INT8_EFFICIENCY = {"triton": 0.85, "gluon": 0.95}
+"""The same of the library's int8 rate."""
 SLOTS_PER_WEIGHT = {2: 1.9, 4: 1.9, 8: 2.4}
 """Instruction slots of a lane per weight and token tile: research 2.8 (1.6 to 2 at 4 bits), 8 bits from the gate."""
 
@@ -124,12 +126,12 @@ def predict_dense(problem: Problem, chip: Chip) -> Prediction:
     return _prediction(max(memory, tensor) + LAUNCH, memory, 0.0, tensor, moved)
 
 
-def predict_int8(problem: Problem, chip: Chip) -> Prediction:
-    """W8A8: one kernel that quantizes the activations, one int8 matmul at 85 % of the library's rate."""
+def predict_int8(problem: Problem, chip: Chip, family: str = "triton") -> Prediction:
+    """W8A8: one kernel that quantizes the activations, one int8 matmul."""
     m, n, k = problem.m, problem.n, problem.k
     quantizing = 3.0 * m * k / chip.bandwidth + LAUNCH
     moved = n * k + m * k + 2.0 * m * n
-    memory, tensor = moved / chip.bandwidth, 2 * m * n * k / (0.85 * chip.int8_tops * 1e12)
+    memory, tensor = moved / chip.bandwidth, 2 * m * n * k / (INT8_EFFICIENCY[family] * chip.int8_tops * 1e12)
     return _prediction(max(memory, tensor) + LAUNCH + quantizing, memory, 0.0, tensor, moved)
 
 

@@ -8,7 +8,8 @@ scripts/tune on that GPU, or ``"predicted"`` by a model (eval/gpu_check/tune_mod
      "rows": [{"bits": 4, "group": null, "n": null, "k": null, "m": 16, "tile": ["triton", 16, 64, 0, 4, 4]}, ...]}
 
 W8A8 has ``"int8_rows": [{"n": 8192, "k": 8192, "m": 16, "tile": [16, 64, 256, 0, 4, 4]}, ...]`` in the same order where
-it was measured: block_m, block_n, block_k, split_k, num_warps, num_stages (int8_tiles.py, which has a rule besides).
+it was measured: block_m, block_n, block_k, split_k, num_warps, num_stages, and "gluon" where it is of that family
+(int8_tiles.py, which has a rule besides).
 
 A row's null stands for any; ``m`` is the largest number of tokens that the row is for. Rows with the same bits, group,
 n and k are a *series*, in rising order of m, the last one for any m. A problem takes the series of the nearest shape
@@ -35,6 +36,7 @@ __all__ = [
     "Row",
     "Table",
     "choose",
+    "fill_shares",
     "fill_split",
     "parse_table",
     "shape_distance",
@@ -74,7 +76,7 @@ class Int8Row:
     n: int | None
     k: int | None
     m: int | None
-    tile: tuple[int, ...]
+    tile: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,14 @@ class Table:
     int8: Mapping[tuple[int | None, int | None], tuple[Int8Row, ...]] = field(default_factory=dict)
 
 
-def choose(problem: Problem, arch: int, *, gpu_name: str | None = None, batch_invariant: bool = False) -> Tile:
+def choose(
+    problem: Problem,
+    arch: int,
+    *,
+    gpu_name: str | None = None,
+    batch_invariant: bool = False,
+    aligned: bool = True,
+) -> Tile:
     """The tile to run ``problem`` with; the same arguments always give the same tile, and it always fits.
 
     Args:
@@ -97,13 +106,14 @@ def choose(problem: Problem, arch: int, *, gpu_name: str | None = None, batch_in
         gpu_name: the driver's name of the GPU; None, or one without a table, takes the nearest architecture's.
         batch_invariant: choose without looking at ``problem.m``, never cuBLAS and never split_k (whose workspace limits
             M), so that a row of the result does not depend on how many rows there are.
+        aligned: whether scales and zeros start at multiples of 16 bytes, as the HOPPER families need.
 
     Raises:
         ValueError: nothing can run the problem on this architecture.
     """
     if batch_invariant:
         problem = replace(problem, m=INVARIANT_TOKENS)
-    return _choose(problem, arch, gpu_name, batch_invariant)
+    return _choose(problem, arch, gpu_name, batch_invariant, aligned)
 
 
 def fill_split(tile: Tile, problem: Problem, arch: int, multiprocessors: int) -> int:
@@ -114,7 +124,7 @@ def fill_split(tile: Tile, problem: Problem, arch: int, multiprocessors: int) ->
     steps = cdiv(problem.k, step_columns(problem.bits))
     programs = max(1, cdiv(problem.m, tile.block_m) * cdiv(problem.n, tile.block_n))
     if tile.family == "scaled":
-        return _fill_shares(programs, cdiv(problem.k, 128), multiprocessors)
+        return fill_shares(programs, cdiv(problem.k, 128), multiprocessors)
     resident = max(1, min(shared_limit(arch) // max(1, shared_bytes(tile, problem)), 16 // tile.num_warps))
     slots = multiprocessors * resident
     best, least = 1, math.inf
@@ -126,7 +136,7 @@ def fill_split(tile: Tile, problem: Problem, arch: int, multiprocessors: int) ->
     return best
 
 
-def _fill_shares(tiles: int, steps: int, multiprocessors: int) -> int:
+def fill_shares(tiles: int, steps: int, multiprocessors: int) -> int:
     """The same for programs that stay: how many share a tile of the last round. Sums cost as much as SHARE_STEPS."""
     costs = []
     for split in range(1, min(MOST_SPLITS, max(1, steps // FEWEST_STEPS)) + 1):
@@ -203,11 +213,12 @@ def _parse_int8_row(line: Any, where: str) -> Int8Row:
         raise ValueError(f"{where}: a row has exactly the keys n, k, m and tile, got {line!r}")
     _check_sizes(line, where)
     tile = line["tile"]
-    sizes = [*tile[:3], max(1, tile[3]), *tile[4:]] if isinstance(tile, list) and len(tile) == 6 else [None]
+    of_gluon = isinstance(tile, list) and len(tile) == 7 and tile[6] == "gluon"
+    sizes = [*tile[:3], max(1, tile[3]), *tile[4:6]] if isinstance(tile, list) and len(tile) == 6 + of_gluon else [None]
     if not all(map(_natural, sizes)):
         raise ValueError(
             f"{where}: tile must be [block_m, block_n, block_k, split_k, num_warps, num_stages], positive integers "
-            f"(split_k may be 0), got {tile!r}"
+            f'(split_k may be 0), and "gluon" behind them for that family, got {tile!r}'
         )
     return Int8Row(line["n"], line["k"], line["m"], tuple(tile))
 
@@ -241,7 +252,7 @@ def _natural(value: Any) -> bool:
 
 
 @lru_cache(maxsize=8192)
-def _choose(problem: Problem, arch: int, gpu_name: str | None, fused_only: bool) -> Tile:
+def _choose(problem: Problem, arch: int, gpu_name: str | None, fused_only: bool, aligned: bool) -> Tile:
     reason = why_not(Tile("dequant", 1, 16), problem, arch)
     if reason is not None:  # the family that needs least cannot run: nothing can
         raise ValueError(f"no kernel runs {problem} on sm_{arch}: {reason}")
@@ -256,6 +267,8 @@ def _choose(problem: Problem, arch: int, gpu_name: str | None, fused_only: bool)
     tile = row.tile
     if fused_only and tile.family == "dequant":
         tile = next(row.tile for row in reversed(rows) if row.tile.family != "dequant")
+    if tile.family in HOPPER and (arch != 90 or not aligned):
+        tile = replace(tile, family="triton") if tile.family == "gluon" or fused_only else Tile("dequant", 1, 16)
     return _fitted(tile, key[2:] == (problem.n, problem.k), problem, arch, table.multiprocessors, fused_only)
 
 
@@ -277,9 +290,6 @@ def _fitted(tile: Tile, same_shape: bool, problem: Problem, arch: int, multiproc
     """``tile`` with split_k resolved; where it does not fit, with fewer stages, then smaller, then cuBLAS."""
     if tile.family == "dequant":
         return replace(tile, split_k=1)
-    if tile.family in HOPPER and arch != 90:
-        tile = replace(tile, family="triton") if tile.family == "gluon" else Tile("dequant", 1, 16)
-        return _fitted(tile, same_shape, problem, arch, multiprocessors, fused_only)
     while True:
         asked = tile.split_k if same_shape and tile.split_k else None
         split = 1 if fused_only else asked or fill_split(replace(tile, split_k=1), problem, arch, multiprocessors)

@@ -135,11 +135,18 @@ def int8_matmul(
     check_int8(x_q, x_scale, w_q, w_scale, bias, w_zero, row_sums, out_dtype)
     (m, k), n, arch = x_q.shape, w_q.shape[0], device_arch(x_q.device)
     if tile is None:
-        tile = pick_tile(m, n, k, arch, gpu_name(x_q.device))
+        aligned = x_q.data_ptr() % 16 == w_q.data_ptr() % 16 == 0
+        tile = pick_tile(m, n, k, arch, gpu_name(x_q.device), aligned)
     elif (reason := why_not(tile, m, n, k, arch)) is not None:
         raise ValueError(f"{tile} cannot multiply ({m}, {k}) by ({n}, {k}) on sm_{arch}: {reason}")
     out = torch.empty(m, n, dtype=out_dtype, device=x_q.device)
     if m == 0:
+        return out
+    if tile.family == "gluon":
+        from .int8_hopper import launch
+
+        with torch.cuda.device_of(x_q):
+            launch(x_q, x_scale, w_q, w_scale, bias, w_zero, row_sums, out, tile)
         return out
     count = cdiv(m, tile.block_m) * cdiv(n, tile.block_n)
     partials = counters = x_q  # an argument that the kernel does not read

@@ -28,14 +28,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from . import scaled_plan
 from .hopper_ring import fill_slot, piece_fragment, piece_words, runs_of_step, slot_of, slot_phase
+from .shared_tiles import banded_tile, last_of, segment_of, segments_of, sum_of
 
 __all__ = ["scaled_kernel"]
-
-_share_of = gluon.jit(scaled_plan.share_of)
-_segments_of, _segment_of = gluon.jit(scaled_plan.segments_of), gluon.jit(scaled_plan.segment_of)
-_first_sharer, _banded_tile = gluon.jit(scaled_plan.first_sharer), gluon.jit(scaled_plan.banded_tile)
 
 
 @gluon.jit
@@ -47,9 +43,9 @@ def _produce(
     p, programs = gl.program_id(0), gl.num_programs(0)
     tiles_m, tiles_n, steps = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N), gl.cdiv(K, 128)
     i = 0
-    for s in range(_segments_of(p, programs, tiles_m * tiles_n, steps, sharers)):
-        tile, first, count = _segment_of(p, s, programs, tiles_m * tiles_n, steps, sharers)
-        token_tile, row_tile = _banded_tile(tile, tiles_m, tiles_n)
+    for s in range(segments_of(p, programs, tiles_m * tiles_n, steps, sharers)):
+        tile, first, count = segment_of(p, s, programs, tiles_m * tiles_n, steps, sharers)
+        token_tile, row_tile = banded_tile(tile, tiles_m, tiles_n)
         for step in range(first, first + count):
             fill_slot(
                 x_desc, w_desc, s_desc, z_desc, x_ring, w_ring, s_ring, z_ring, full, empty, i, step,
@@ -149,56 +145,6 @@ def _store(
 
 
 @gluon.jit
-def _last_of(
-    accs, partials_ptr, counters_ptr, p, left, left_steps, steps, sharers, WARPGROUP: gl.constexpr,
-    BLOCKS: gl.constexpr, BLOCK_M: gl.constexpr, MMA: gl.constexpr,
-):  # fmt: skip
-    """Publish a warpgroup's sums of left tile ``left``; whether all its sharers', of whom p is one, are published."""
-    SIZE: gl.constexpr = BLOCKS * 64 * BLOCK_M
-    second = left - _share_of(p, left_steps, sharers) // steps
-    base = partials_ptr + ((2 * p + second) * 2 + WARPGROUP).to(gl.int64) * SIZE
-    place = _places(BLOCK_M, MMA)
-    for block in gl.static_range(BLOCKS):
-        gl.store(base + block * 64 * BLOCK_M + place, accs[block])
-    first, last = (
-        _first_sharer(left * steps, left_steps, sharers),
-        _first_sharer(left * steps + steps - 1, left_steps, sharers),
-    )
-    # all stores of the warpgroup, then the one thread that releases them (cumulatively) and acquires the others'
-    gl.thread_barrier()
-    arrived = gl.atomic_add(counters_ptr + left * 2 + WARPGROUP, 1, sem="acq_rel", scope="gpu")
-    gl.thread_barrier()
-    return arrived == last - first
-
-
-@gluon.jit
-def _places(BLOCK_M: gl.constexpr, MMA: gl.constexpr):
-    lanes = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
-    return (lanes * BLOCK_M)[:, None] + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))[None, :]
-
-
-@gluon.jit
-def _sum_of(
-    partials_ptr, left, left_steps, steps, sharers, block, WARPGROUP: gl.constexpr, BLOCKS: gl.constexpr,
-    BLOCK_M: gl.constexpr, MMA: gl.constexpr,
-):  # fmt: skip
-    """All sharers' sums of 64 rows of a left tile, added in the order of k."""
-    SIZE: gl.constexpr = BLOCKS * 64 * BLOCK_M
-    acc = gl.zeros((64, BLOCK_M), gl.float32, layout=MMA)
-    place = _places(BLOCK_M, MMA)
-    first, last = (
-        _first_sharer(left * steps, left_steps, sharers),
-        _first_sharer(left * steps + steps - 1, left_steps, sharers),
-    )
-    for p in range(first, last + 1):
-        second = left - _share_of(p, left_steps, sharers) // steps
-        base = partials_ptr + ((2 * p + second) * 2 + WARPGROUP).to(gl.int64) * SIZE
-        # past the first-level cache, which may hold what was here before
-        acc += gl.load(base + block * 64 * BLOCK_M + place, cache_modifier=".cg")
-    return acc
-
-
-@gluon.jit
 def _warpgroup(
     x_ring, w_ring, s_ring, z_ring, full, empty, scales_ptr, zeros_ptr, rows_ptr, tokens_ptr, bias_ptr, out_ptr,
     partials_ptr, counters_ptr, M, N, K, sharers, WARPGROUP: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr,
@@ -212,9 +158,9 @@ def _warpgroup(
     whole = tiles // programs * programs
     left_steps = (tiles - whole) * steps
     done = 0
-    for s in range(_segments_of(p, programs, tiles, steps, sharers)):
-        tile, _, count = _segment_of(p, s, programs, tiles, steps, sharers)
-        token_tile, row_tile = _banded_tile(tile, tiles_m, tiles_n)
+    for s in range(segments_of(p, programs, tiles, steps, sharers)):
+        tile, _, count = segment_of(p, s, programs, tiles, steps, sharers)
+        token_tile, row_tile = banded_tile(tile, tiles_m, tiles_n)
         row = (row_tile * 2 + WARPGROUP) * (BLOCKS * 64)
         accs = _consume(
             x_ring, w_ring, s_ring, z_ring, full, empty, zeros_ptr, rows_ptr, done, row, N, count, WARPGROUP, BLOCKS,
@@ -229,13 +175,11 @@ def _warpgroup(
                 )  # fmt: skip
         else:
             left = tile - whole
-            if _last_of(
+            if last_of(
                 accs, partials_ptr, counters_ptr, p, left, left_steps, steps, sharers, WARPGROUP, BLOCKS, BLOCK_M, MMA
             ):
                 for block in gl.static_range(BLOCKS):
-                    acc = _sum_of(
-                        partials_ptr, left, left_steps, steps, sharers, block, WARPGROUP, BLOCKS, BLOCK_M, MMA
-                    )
+                    acc = sum_of(partials_ptr, left, left_steps, steps, sharers, block, WARPGROUP, BLOCKS, BLOCK_M, MMA)
                     _store(
                         acc, scales_ptr, rows_ptr, tokens_ptr, bias_ptr, out_ptr, token_tile * BLOCK_M,
                         row + block * 64, M, N, GROUP != -1, HAS_TOKENS, HAS_BIAS, BLOCK_M, MMA,

@@ -196,7 +196,9 @@ def weight_only_matmul(
     if tile is None:
         from .dispatch import choose
 
-        tile = choose(problem, arch, gpu_name=gpu_name(x.device), batch_invariant=batch_invariant)
+        aligned = scales.data_ptr() % 16 == 0 and (zeros is None or zeros.data_ptr() % 16 == 0)
+        name = gpu_name(x.device)
+        tile = choose(problem, arch, gpu_name=name, batch_invariant=batch_invariant, aligned=aligned)
     reason = why_not(tile, problem, arch)
     if reason is not None:
         raise ValueError(f"{tile} cannot run {problem} on sm_{arch}: {reason}")
