@@ -239,6 +239,36 @@ def test_tune_from_beginning_to_end(tmp_path, capsys):
     assert set(table.int8) == {(64, 256), (None, None)}
 
 
+def test_tune_that_stops_writes_the_table_of_what_it_has(tmp_path, capsys):
+    """The shape that stands for any is measured in every width, and the next one is not begun."""
+    import tune_main
+    import tune_measure
+
+    from lowbit_kernels.dispatch import parse_table
+
+    measured = tune_main._measured
+
+    def only_first(part, *rest):
+        return measured(part, *rest) if part[0].problem.n == 64 else False
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(fake_gpu())
+        shapes = ((96, 256), (64, 256))
+        stack.enter_context(mock.patch.multiple(tune_main, SHAPES=shapes, ANY=(64, 256), M_BUCKETS=(1,)))
+        stack.enter_context(mock.patch.object(check_time, "MOST_LAUNCHES", 2))
+        stack.enter_context(mock.patch.object(check_time.chip_limits, "__defaults__", (256,)))
+        stack.enter_context(mock.patch.object(tune_measure, "copies_for", lambda *_: 2))
+        stack.enter_context(mock.patch.object(tune_main, "_measured", only_first))
+        assert tune_main.main(["--out", str(tmp_path)]) == tune_main.STOPPED
+    assert "--resume goes on" in capsys.readouterr().err
+    table = parse_table(json.loads((tmp_path / "nvidia-h200.json").read_text()), "x")
+    assert {key[2:] for key in table.series} == {(64, 256), (None, None)} and {key[0] for key in table.series} == {
+        2,
+        4,
+        8,
+    }
+
+
 def test_a_kernel_that_never_ends_ends_the_run(tmp_path):
     """Whatever waits for the device cannot be interrupted: the run says which case it was, and exits."""
     import subprocess

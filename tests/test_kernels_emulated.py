@@ -32,7 +32,7 @@ SUITE = {
         "triton bfloat16": 8, "triton float16": 8, "triton same bits": 3, "dequant bfloat16": 8, "dequant float16": 8,
         "grouped": 10, "w8a8": 9, "batch invariance": 1, "dispatched": 3, "gluon bfloat16": 7,
         "gluon float16": 7, "gluon same bits": 3, "scaled bfloat16": 7, "scaled float16": 7, "scaled same bits": 2,
-        "gluon w8a8": 12,
+        "gluon w8a8": 6,
     },
     80: {"triton bfloat16": 8, "grouped bfloat16": 3, "w8a8 bfloat16": 4},
     120: {"triton bfloat16": 8, "grouped w8a8": 2, "dequant bfloat16": 8},
@@ -77,7 +77,10 @@ def test_every_shipped_tile_computes_what_it_should(arch):
     dtypes = [BF16, torch.float16]
     run = 0
     with emulated_gpu(arch) as gpu:
-        for number, tile in enumerate(shipped_tiles(arch, ("triton", "gluon", "scaled"))):
+        shapes_of_tiles = {}  # the same with another number of stages is left to the suite above
+        for tile in shipped_tiles(arch, ("triton", "gluon", "scaled")):
+            shapes_of_tiles.setdefault((tile.family, tile.block_m, tile.block_n, tile.num_warps), tile)
+        for number, tile in enumerate(shapes_of_tiles.values()):
             m, n, k = shapes[number % len(shapes)]
             bits, group, asymmetric = kinds[(2 * number + run) % len(kinds)]
             problem = Problem(m, n, k, bits, group, dtypes[number % 2], asymmetric)

@@ -127,7 +127,7 @@ def plan(options: argparse.Namespace, arch: int, multiprocessors: int, dtype: An
     tiles = [len(case.tiles) for case in todo]
     kernels = len(jobs_of(((case.problem, tile) for case in todo for tile in case.tiles), arch))
     return (
-        f"sm_{arch}: {len(todo)} cases {sum(tiles)} tiles in all, at most {max(tiles)} per case, "
+        f"sm_{arch}: {len(todo)} cases, {sum(tiles)} tiles in all, at most {max(tiles)} per case, "
         f"{kernels} kernels to compile, "
         f"{ROUNDS} rounds each; stops before a case that would begin after {options.minutes:g} minutes"
     )
@@ -208,19 +208,31 @@ def tune(options: argparse.Namespace) -> int:
     print(plan(options, arch, count, dtype), file=sys.stderr)
     deadline = time.monotonic() + 60 * options.minutes
     todo = [case for case in work(options, arch, count, dtype) if not store.has(*case.key)]
-    _warm(todo, arch)
-    status = DONE
-    for case in todo:
+    try:
+        finished = all(_measured(part, store, arch, deadline) for part in _parts(todo))
+    except CheckFailed as error:
+        print(f"scripts/tune: {error}", file=sys.stderr)
+        return FAILED
+    if not finished:
+        print(f"stopped after {options.minutes:g} minutes; --resume goes on", file=sys.stderr)
+    return _write(options, store, count) or (DONE if finished else STOPPED)
+
+
+def _parts(todo: Sequence[Case]) -> list[list[Case]]:
+    """What stands for any shape, and the rest: the first is measured before the second is compiled."""
+    first = [case for case in todo if (case.problem.n, case.problem.k) == ANY]
+    return [first, [case for case in todo if case not in first]]
+
+
+def _measured(part: Sequence[Case], store: Store, arch: int, deadline: float) -> bool:
+    """Compile for these cases and measure them; False when the deadline came before the last."""
+    if part and time.monotonic() < deadline:
+        _warm(part, arch)
+    for case in part:
         if time.monotonic() > deadline:
-            print(f"stopped after {options.minutes:g} minutes; --resume goes on", file=sys.stderr)
-            status = STOPPED
-            break
-        try:
-            print(case.measure(store), file=sys.stderr)
-        except CheckFailed as error:
-            print(f"scripts/tune: {error}", file=sys.stderr)
-            return FAILED
-    return _write(options, store, count) or status
+            return False
+        print(case.measure(store), file=sys.stderr)
+    return True
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,12 @@ def fill_split(tile: Tile, problem: Problem, arch: int, multiprocessors: int) ->
 
 
 def fill_shares(tiles: int, steps: int, multiprocessors: int) -> int:
-    """The same for programs that stay: how many share a tile of the last round. Sums cost as much as SHARE_STEPS."""
+    """How many programs share a tile of the last round, 1 to 16, to finish soonest where they stay (scaled_plan.py).
+
+    Args:
+        tiles: output tiles.
+        steps: of 128 columns, along K. Storing and reading a tile's sums take as long as SHARE_STEPS each.
+    """
     costs = []
     for split in range(1, min(MOST_SPLITS, max(1, steps // FEWEST_STEPS)) + 1):
         taken, share = steps_taken(tiles, steps, split, multiprocessors)

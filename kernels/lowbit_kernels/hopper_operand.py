@@ -1,7 +1,8 @@
-"""Words in shared memory -> the register operand of wgmma, for hopper_kernel.py (which says what is imported when).
+"""Words in shared memory -> the register operand of wgmma, for hopper_ring.py. Importing it needs Gluon.
 
 64 rows by the columns of one unit at a time: a lane loads 32 bytes and has, without exchange, the elements that the
-instruction wants of it. What comes out is ``code - zero``, exact in both dtypes:
+instruction wants of it. What comes out is ``code - zero``, exact in both dtypes; for the scaled family, in fp16, times
+the scale of the group, rounded (one more instruction per pair):
 
 | codes, dtype | raw value                                    | then add              | instructions per pair       |
 |--------------|----------------------------------------------|-----------------------|-----------------------------|
