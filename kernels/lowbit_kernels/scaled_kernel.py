@@ -1,18 +1,19 @@
 """The Gluon kernel of scaled.py. Importing this needs triton.experimental.gluon; scaled.py does so when it is called.
 
 P programs stay on the GPU; each works through its segments (scaled_plan.py), ranges of steps of one output tile of
-``BLOCKS * 128`` weight rows by BLOCK_M tokens. One producer warp and two consumer warpgroups share a ring as in
+``BLOCKS * 128`` weight rows by BLOCK_M tokens. A producer and two consumer warpgroups share a ring as in
 hopper_kernel.py, which says why that is free of races; the ring runs on from one segment to the next, so the first
 steps of a tile are on their way while the one before is stored.
 
 What differs in the consumers: the scale is in the register operand, so wgmma adds up a whole segment and its sums are
-touched once, at the end; and a product is waited for only when the next has been issued,
+touched once, at the end. Per piece (64 rows by at most 64 columns):
 
-    issue piece i    wait for piece i - 1    make fragment i + 1    issue piece i + 1    wait for piece i    ...
+    load words of piece i + 1    issue piece i    make fragment i + 1 while it runs    wait for piece i    ...
 
-so the tensor cores always have one to go on with, and conversions cannot be moved behind a wait: the next issue needs
-them. Piece i - 1's registers are free for fragment i + 1. A slot is handed back once the last piece that reads its x
-was waited for: in the step after it.
+Between a wait and the next issue the tensor cores have the other warpgroup's piece. Waiting one piece later would leave
+no gap at all, and ptxas serialises it (C7512, kernels/README.md). A slot is handed back after the last piece that reads
+its x. The next words are read out of the ring before that: of the next slot, or, where a segment ends, of this one
+again, as the next is being filled for another tile.
 """
 
 # mypy: disable-error-code="assignment,misc,var-annotated"
