@@ -213,6 +213,15 @@ def test_scales_and_tokens_of_any_magnitude():
     assert out.isfinite().all() and relative_rms(found, expected) < limit_of(BF16, 5 * 48)
 
 
+def test_symmetric_4_bit_weights_with_bf16_scales_are_exact():
+    """Every significand of bf16 times every code less 8 has 11 bits; less another zero, 12."""
+    significands = torch.arange(128, 256).double()[:, None]
+    symmetric, any_zero = torch.arange(-8, 8).double(), torch.arange(-15, 16).double()
+    for codes, exact in ((symmetric, True), (any_zero, False)):
+        products = significands * codes
+        assert torch.equal(products.half().double(), products) == exact
+
+
 # --- what the compiler makes of it
 
 

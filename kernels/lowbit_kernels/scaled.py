@@ -8,14 +8,15 @@ which ends at 64 tokens by 256 rows of a multiprocessor. Here the register opera
     out[m, n] = acc[m, n] / fw[n] / fx[m] + bias[n] in fp32, rounded once
 
 so one set of sums runs through all of K, and tiles are 128 tokens by 256 rows: 2.7 instructions per weight, in the time
-of whose products a multiprocessor issues 8. fw and fx are powers of two (halves.py, ``fp32_sums``): with
-them nothing leaves float16's range, whatever scales and bf16 activations are. With one scale per row there is nothing
-to fold: ``code - zero`` is exact and the scale is applied at the end.
+of whose products a multiprocessor issues 8. fw and fx are powers of two (halves.py, ``fp32_sums``): with them nothing
+leaves float16's range, whatever scales and bf16 activations are. With one scale per row there is nothing to fold:
+``code - zero`` is exact and the scale is applied at the end.
 
 Numerics: weights are rounded to 11 bits, as cuBLAS' operands must be: 0.2e-3 relative RMS, beside the result's 1.66e-3
-(bf16) or 0.2e-3 (fp16). A scale of bf16 has 8 bits, so most products with 4-bit codes are exact. Sums are in fp32 in
-the order of k within a segment; scaled_plan.py says how programs share what does not fill the GPU, and in which order
-their sums are added. Importing this module needs no GPU and no Gluon; :func:`scaled_matmul` needs both.
+(bf16) or 0.2e-3 (fp16). A bf16 scale has 8 bits and a symmetric 4-bit code is at most 8, so those weights are exact.
+Sums are in fp32 in the order of k within a segment; scaled_plan.py says how programs share what does not fill the GPU,
+and in which order their sums are added. Importing this module needs no GPU and no Gluon; :func:`scaled_matmul` needs
+both.
 """
 
 from __future__ import annotations
