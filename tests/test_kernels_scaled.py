@@ -185,10 +185,13 @@ LAUNCHES = [
 
 @pytest.mark.parametrize(("m", "n", "k", "bits", "group", "asymmetric", "dtype", "tile", "programs"), LAUNCHES)
 def test_any_number_of_programs_computes_the_product(m, n, k, bits, group, asymmetric, dtype, tile, programs):
-    """The ring runs on from tile to tile; order of warps and programs, late copies or not: the same bits."""
+    """The ring runs on from tile to tile; any order of warps, late copies or not: the same bits, no bank conflicts."""
     results = []
     for seed, late in ((0, True), (1, False)):
-        with emulated_gpu(90, seed, late), mock.patch.object(scaled, "multiprocessors", lambda _: programs):
+        with (
+            emulated_gpu(90, seed, late) as gpu,
+            mock.patch.object(scaled, "multiprocessors", lambda _: programs),
+        ):
             torch.manual_seed(1)
             packed = random_packed(n, k, bits, group, dtype, CUDA, asymmetric=asymmetric)
             x, bias = torch.randn(m, k, device=CUDA).to(dtype), torch.randn(n, device=CUDA)
@@ -196,6 +199,8 @@ def test_any_number_of_programs_computes_the_product(m, n, k, bits, group, asymm
             expected = reference(x, packed, bias)
     assert relative_rms(results[0], expected) < limit_of(dtype, m * n, tile)
     assert torch.equal(results[0], results[1])
+    for kind, (taken, fewest) in gpu.counts["scaled_kernel"].items():
+        assert taken <= 1.05 * fewest, f"{kind}: {taken} passes over the banks, {fewest} could do"
 
 
 def test_scales_and_tokens_of_any_magnitude():
