@@ -63,13 +63,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--install", action="store_true", help="copy the table into the package")
     parser.add_argument("--minutes", type=float, default=25.0, help="stop before a case that begins later than this")
     parser.add_argument("--bits", default="4,8,2,w8a8", help="what to tune, comma-separated, of 4, 8, 2, w8a8")
-    parser.add_argument("--without", choices=HOPPER, action="append", default=[], help="leave out; may be repeated")
+    parser.add_argument("--without", default="", help=f"families to leave out, comma-separated, of {', '.join(HOPPER)}")
     parser.add_argument("--predict", action="store_true", help="rewrite the predicted tables and end")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and end")
     options = parser.parse_args(arguments)
     asked = options.bits.split(",")
     if set(asked) - {"2", "4", "8", "w8a8"}:
         parser.error(f"--bits must be of 2, 4, 8 and w8a8, got {options.bits!r}")
+    options.without = tuple(name for name in options.without.split(",") if name)
+    if set(options.without) - set(HOPPER):
+        parser.error(f"--without must be of {', '.join(HOPPER)}, got {','.join(options.without)!r}")
     options.bits, options.int8 = tuple(bits for bits in BITS if str(bits) in asked), "w8a8" in asked
     if options.out is None and not (options.predict or options.dry_run):
         parser.error("--out FOLDER is needed")
