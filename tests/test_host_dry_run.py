@@ -155,7 +155,7 @@ def test_descriptors_meet_the_copy_engines_rules(gpu):
         type(packed)(**{**vars(packed), "scales_gn": shifted})(x, tile=tile)
     narrow = Tile("gluon", 16, 64, 1, 4, 3)
     assert "64 rows" in gluon_why_not(narrow, problem)
-    with mock.patch("lowbit_kernels.hopper.gluon_why_not", lambda *_: None), pytest.raises(AssertionError, match="128"):
+    with mock.patch("lowbit_kernels.hopper.why_not", lambda *_: None), pytest.raises(AssertionError, match="128"):
         from lowbit_kernels.hopper import hopper_matmul
 
         hopper_matmul(

@@ -28,13 +28,15 @@ from torch import Tensor
 from .cases import CompileCase
 from .checks import check_arguments
 from .epilogue import workspace
-from .hopper_plan import gluon_shared_bytes, gluon_why_not, reps
-from .tiles import Problem, Tile, cdiv
+from .hopper_plan import gluon_shared_bytes, reps
+from .tiles import Problem, Tile, cdiv, why_not
 
 __all__ = [
-    "blocks",
+    "check_hopper",
     "compile_case",
     "compile_cases",
+    "descriptor_types",
+    "descriptors",
     "gluon_language",
     "hopper_matmul",
     "integer_budget",
@@ -82,23 +84,38 @@ def hopper_matmul(
         RuntimeError: this Triton has no Gluon.
     """
     problem = Problem(x.shape[0], n, x.shape[-1], bits, group_size, x.dtype, zeros is not None)
-    if x.device.type != "cuda":
-        raise ValueError(f"the kernels need tensors on a CUDA device, got x on {x.device}")
-    major, minor = torch.cuda.get_device_capability(x.device)
-    if (major, minor) != (9, 0):
-        raise ValueError(f"the gluon family is written for sm_90, the GPU of x is sm_{major}{minor}")
-    check_arguments(x, tiles, scales, zeros, bias, problem, 90)
-    reason = gluon_why_not(tile, problem) if tile.family == "gluon" else f"its family is {tile.family!r}, not 'gluon'"
-    if reason is not None:
-        raise ValueError(f"{tile} cannot run {problem} on sm_90: {reason}")
-    for name, tensor in (("scales", scales), ("zeros", zeros)):
-        if tensor is not None and tensor.data_ptr() % 16:
-            raise ValueError(f"{name} must start at a multiple of 16 bytes, got address {tensor.data_ptr():#x}")
+    check_hopper(x, tiles, scales, zeros, bias, problem, tile, "gluon")
     out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
     if x.shape[0]:
         with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be x's
             _launch(x, tiles, scales, zeros, bias, out, problem, tile)
     return out
+
+
+def check_hopper(
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    problem: Problem,
+    tile: Tile,
+    family: str,
+) -> None:
+    """What both families of HOPPER demand of their arguments; ValueError names the first contradiction."""
+    if x.device.type != "cuda":
+        raise ValueError(f"the kernels need tensors on a CUDA device, got x on {x.device}")
+    major, minor = torch.cuda.get_device_capability(x.device)
+    if (major, minor) != (9, 0):
+        raise ValueError(f"the {family} family is written for sm_90, the GPU of x is sm_{major}{minor}")
+    check_arguments(x, tiles, scales, zeros, bias, problem, 90)
+    other = None if tile.family == family else f"its family is {tile.family!r}, not {family!r}"
+    reason = other or why_not(tile, problem, 90)
+    if reason is not None:
+        raise ValueError(f"{tile} cannot run {problem} on sm_90: {reason}")
+    for name, tensor in (("scales", scales), ("zeros", zeros)):
+        if tensor is not None and tensor.data_ptr() % 16:
+            raise ValueError(f"{name} must start at a multiple of 16 bytes, got address {tensor.data_ptr():#x}")
 
 
 def _launch(
@@ -112,30 +129,17 @@ def _launch(
     tile: Tile,
 ) -> None:
     gluon_language()
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     from .hopper_kernel import hopper_kernel
 
     constexprs = _constants(problem, tile, has_bias=bias is not None)
     consumers = constexprs["CONSUMERS"]
-    words = tiles.view(tiles.shape[0], tiles.shape[1] * 8, 32)
-    scale_list = scales.view(-1)
-    zero_list = scale_list if zeros is None else zeros.view(-1)
-    descriptors = [
-        TensorDescriptor.from_tensor(tensor, list(shape), layout)
-        for tensor, (shape, layout) in zip(
-            (x, words, scale_list, zero_list),
-            blocks(tile, problem.bits, scale_list.dtype, zero_list.dtype),
-            strict=True,
-        )
-    ]
     count = cdiv(problem.m, tile.block_m) * cdiv(problem.n, tile.block_n)
     partials = counters = scales  # arguments that the kernel does not read
     if tile.split_k > 1:
         block = tile.block_m * tile.block_n // consumers
         partials, counters = workspace(count * consumers, tile.split_k, block, x.device)
     hopper_kernel[(count, tile.split_k)](
-        *descriptors,
+        *descriptors(x, tiles, scales, zeros, problem, tile),
         scales,
         scales if zeros is None else zeros,
         scales if bias is None else bias,
@@ -169,7 +173,33 @@ def _options(tile: Tile) -> dict[str, Any]:
     return {"num_warps": 4, "maxnreg": 128} if tile.num_warps == 4 else {"num_warps": 4}
 
 
-def blocks(
+def descriptors(
+    x: Tensor, tiles: Tensor, scales: Tensor, zeros: Tensor | None, problem: Problem, tile: Tile
+) -> list[Any]:
+    """The copy engine's descriptors of x, words, scales and zeros (the scales' again where there are none)."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    words, scale_list = tiles.view(tiles.shape[0], tiles.shape[1] * 8, 32), scales.view(-1)
+    zero_list = scale_list if zeros is None else zeros.view(-1)
+    shapes = _blocks(tile, problem.bits, scale_list.dtype, zero_list.dtype)
+    return [
+        TensorDescriptor.from_tensor(tensor, list(shape), layout)
+        for tensor, (shape, layout) in zip((x, words, scale_list, zero_list), shapes, strict=True)
+    ]
+
+
+def descriptor_types(problem: Problem, tile: Tile, x_name: str) -> dict[str, str]:
+    """Their types in a compilation's signature, for x of dtype ``x_name`` and scales of the problem's."""
+    name, zeros = NAMES[problem.dtype], torch.uint8 if problem.asymmetric else problem.dtype
+    kinds = (x_name, "i32", name, "u8" if problem.asymmetric else name)
+    shapes = _blocks(tile, problem.bits, problem.dtype, zeros)
+    return {
+        key: f"tensordesc<{kind}{list(shape)},{layout!r}>"
+        for key, kind, (shape, layout) in zip(("x_desc", "w_desc", "s_desc", "z_desc"), kinds, shapes, strict=True)
+    }
+
+
+def _blocks(
     tile: Tile, bits: int, scale_dtype: torch.dtype, zero_dtype: torch.dtype
 ) -> list[tuple[tuple[int, ...], Any]]:
     """Block shape and shared layout of the four descriptors: x, words, scales, zeros.
@@ -242,26 +272,19 @@ def compile_case(tile: Tile, problem: Problem) -> CompileCase:
 
     constexprs = _constants(problem, tile, has_bias=True)
     name = NAMES[problem.dtype]
-    zeros = torch.uint8 if problem.asymmetric else problem.dtype
-    kinds = (name, "i32", name, "u8" if problem.asymmetric else name)
-    descriptors = {
-        key: f"tensordesc<{kind}{list(shape)},{layout!r}>"
-        for key, kind, (shape, layout) in zip(
-            ("x_desc", "w_desc", "s_desc", "z_desc"),
-            kinds,
-            blocks(tile, problem.bits, problem.dtype, zeros),
-            strict=True,
-        )
-    }
     pointers = {
         "scales_ptr": name,
-        "zeros_ptr": kinds[3],
+        "zeros_ptr": "u8" if problem.asymmetric else name,
         "bias_ptr": name,
         "out_ptr": name,
         "partials_ptr": "fp32" if tile.split_k > 1 else name,
         "counters_ptr": "i32" if tile.split_k > 1 else name,
     }
-    signature = descriptors | {key: f"*{kind}" for key, kind in pointers.items()} | dict.fromkeys("MNK", "i32")
+    signature = (
+        descriptor_types(problem, tile, name)
+        | {key: f"*{kind}" for key, kind in pointers.items()}
+        | dict.fromkeys("MNK", "i32")
+    )
     kind = "asym" if problem.asymmetric else "sym"
     return CompileCase(
         name=f"{name} {problem.bits}b g{problem.group_size} {kind} {tile}",

@@ -41,7 +41,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import hopper_plan
-from .hopper_ring import fill_slot, piece_fragment, piece_words, rows_of, runs_of_step, slot_of, slot_phase
+from .hopper_ring import fill_slot, piece_fragment, piece_words, rows_of, runs_of_step, slot_of, slot_phase, store_rows
 
 __all__ = ["hopper_kernel"]
 
@@ -156,7 +156,6 @@ def _finish(
 
     Warpgroups of one tile count on their own, so none waits for another. Every split adds in the order of k.
     """
-    STORE: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])  # 64 rows of four tokens per warp
     lanes = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
     columns = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))
     store = True
@@ -182,12 +181,7 @@ def _finish(
             first = row + (WARPGROUP * REPS + rep) * 64
             if HAS_BIAS:
                 acc += gl.load(bias_ptr + gl.minimum(first + lanes, N - 1)).to(gl.float32)[:, None]
-            # through shared memory: a lane holds two rows of two tokens, and out wants rows side by side
-            out = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), STORE)
-            rows = first + gl.arange(0, 64, layout=gl.SliceLayout(1, STORE))
-            tokens = token + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, STORE))
-            ptrs = out_ptr + tokens.to(gl.int64)[None, :] * N + rows[:, None]
-            gl.store(ptrs, out, mask=(rows < N)[:, None] & (tokens < M)[None, :])
+            store_rows(acc, out_ptr, token, first, M, N)
         if SPLIT_K > 1:
             gl.store(counters_ptr + own, 0)
 

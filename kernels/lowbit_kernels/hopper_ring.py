@@ -1,4 +1,4 @@
-"""The ring in shared memory of both Gluon kernels, hopper_kernel.py and scaled_kernel.py: filling and reading it.
+"""The ring in shared memory of hopper_kernel.py and scaled_kernel.py: filling and reading it; how results are stored.
 
 A slot holds a step of 128 columns: x (BLOCK_M, 128), BITS / 4 units of each 16 weight rows, scales and zeros of every
 run of columns with a scale of its own (none when one scale is for the whole row). hopper_kernel.py says why this is
@@ -16,7 +16,16 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from . import hopper_plan
 from .hopper_operand import centre_of, factor_of, fragment_of, load_words
 
-__all__ = ["fill_slot", "piece_fragment", "piece_words", "rows_of", "runs_of_step", "slot_of", "slot_phase"]
+__all__ = [
+    "fill_slot",
+    "piece_fragment",
+    "piece_words",
+    "rows_of",
+    "runs_of_step",
+    "slot_of",
+    "slot_phase",
+    "store_rows",
+]
 
 runs_of_step = gluon.constexpr_function(hopper_plan.runs_of_step)
 slot_of, slot_phase = gluon.jit(hopper_plan.slot_of), gluon.jit(hopper_plan.slot_phase)
@@ -94,3 +103,17 @@ def piece_fragment(
     first: gl.constexpr = COLUMN % (512 // BITS) // 32
     fragment = fragment_of(words, centre, factor, first, COLUMNS // 32, BITS, DTYPE, HAS_ZEROS, SCALED, MMA)
     return fragment, centre, factor
+
+
+@gluon.jit
+def store_rows(values, out_ptr, token, first, M, N):
+    """values (64, tokens) of rows ``first ..`` and tokens ``token ..``, rounded once, to out (M, N).
+
+    Through shared memory: a lane holds two rows of two tokens, and out wants rows side by side.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])  # 64 rows of four tokens per warp
+    out = gl.convert_layout(values.to(out_ptr.dtype.element_ty), LAYOUT)
+    rows = first + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
+    tokens = token + gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    ptrs = out_ptr + tokens.to(gl.int64)[None, :] * N + rows[:, None]
+    gl.store(ptrs, out, mask=(rows < N)[:, None] & (tokens < M)[None, :])

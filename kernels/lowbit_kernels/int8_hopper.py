@@ -19,6 +19,7 @@ from .epilogue import workspace
 from .hopper import gluon_language
 from .int8_tiles import HOPPER_TILES, Int8Tile, shared_bytes
 from .scaled import multiprocessors
+from .scaled_plan import schedule
 from .tiles import cdiv
 
 __all__ = ["compile_case", "compile_cases", "launch"]
@@ -54,12 +55,9 @@ def launch(
         TensorDescriptor.from_tensor(tensor, list(shape), layout)
         for tensor, (shape, layout) in zip((x_q, w_q), _blocks(tile), strict=True)
     ]
-    split = min(tile.split_k, cdiv(k, 128))
     count = cdiv(m, tile.block_m) * cdiv(n, 128)
-    programs = min(multiprocessors(x_q.device), count * split)
-    left = count % programs
-    sharers = max(1, min(programs, left * split))
-    shared = sharers > left
+    programs, left, sharers = schedule(count, cdiv(k, 128), tile.split_k, multiprocessors(x_q.device))
+    shared = sharers > left > 0
     floats, counters = workspace(2 * programs, 1, 128 * tile.block_m if shared else 1, x_q.device)
     int8_hopper_kernel[(programs,)](
         *descriptors,

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_ring import slot_of, slot_phase
+from .hopper_ring import slot_of, slot_phase, store_rows
 from .shared_tiles import banded_tile, last_of, segment_of, segments_of, sum_of
 
 __all__ = ["int8_hopper_kernel"]
@@ -114,7 +114,6 @@ def _store(
         MMA: gl.constexpr = gl.NVMMADistributedLayout(
             version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 32]
         )
-        STORE: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])  # 64 rows of four tokens per warp
         rows = gl.minimum(first + gl.arange(0, 64, layout=gl.SliceLayout(1, MMA)), N - 1)
         tokens = gl.minimum(token + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, MMA)), M - 1)
         if HAS_ZEROS:
@@ -123,12 +122,7 @@ def _store(
         out *= gl.load(w_scale_ptr + rows).to(gl.float32)[:, None]
         if HAS_BIAS:
             out += gl.load(bias_ptr + rows).to(gl.float32)[:, None]
-        # through shared memory: a lane holds two rows of two tokens, and out wants rows side by side
-        out = gl.convert_layout(out.to(out_ptr.dtype.element_ty), STORE)
-        rows = first + gl.arange(0, 64, layout=gl.SliceLayout(1, STORE))
-        tokens = token + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, STORE))
-        ptrs = out_ptr + tokens.to(gl.int64)[None, :] * N + rows[:, None]
-        gl.store(ptrs, out, mask=(rows < N)[:, None] & (tokens < M)[None, :])
+        store_rows(out, out_ptr, token, first, M, N)
 
 
 @gluon.jit

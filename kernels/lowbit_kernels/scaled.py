@@ -29,11 +29,18 @@ import torch
 from torch import Tensor
 
 from .cases import CompileCase
-from .checks import check_arguments
 from .epilogue import workspace
 from .halves import to_halves
-from .hopper import NAMES, blocks, gluon_language, integer_budget, register_layouts
-from .scaled_plan import scaled_blocks, scaled_shared_bytes, scaled_why_not
+from .hopper import (
+    NAMES,
+    check_hopper,
+    descriptor_types,
+    descriptors,
+    gluon_language,
+    integer_budget,
+    register_layouts,
+)
+from .scaled_plan import scaled_blocks, scaled_shared_bytes, schedule
 from .tiles import Problem, Tile, cdiv
 
 __all__ = ["compile_case", "compile_cases", "multiprocessors", "scaled_matmul"]
@@ -76,20 +83,7 @@ def scaled_matmul(
         RuntimeError: this Triton has no Gluon.
     """
     problem = Problem(x.shape[0], n, x.shape[-1], bits, group_size, x.dtype, zeros is not None)
-    if x.device.type != "cuda":
-        raise ValueError(f"the kernels need tensors on a CUDA device, got x on {x.device}")
-    major, minor = torch.cuda.get_device_capability(x.device)
-    if (major, minor) != (9, 0):
-        raise ValueError(f"the scaled family is written for sm_90, the GPU of x is sm_{major}{minor}")
-    check_arguments(x, tiles, scales, zeros, bias, problem, 90)
-    reason = (
-        scaled_why_not(tile, problem) if tile.family == "scaled" else f"its family is {tile.family!r}, not 'scaled'"
-    )
-    if reason is not None:
-        raise ValueError(f"{tile} cannot run {problem} on sm_90: {reason}")
-    for name, tensor in (("scales", scales), ("zeros", zeros)):
-        if tensor is not None and tensor.data_ptr() % 16:
-            raise ValueError(f"{name} must start at a multiple of 16 bytes, got address {tensor.data_ptr():#x}")
+    check_hopper(x, tiles, scales, zeros, bias, problem, tile, "scaled")
     out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
     if x.shape[0]:
         with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be x's
@@ -108,8 +102,6 @@ def _launch(
     tile: Tile,
 ) -> None:
     gluon_language()
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     from .scaled_kernel import scaled_kernel
 
     constexprs = _constants(problem, tile, has_bias=bias is not None)
@@ -118,25 +110,11 @@ def _launch(
         narrow, factors, rows = to_halves(x if constexprs["HAS_TOKENS"] else None, scales, problem.bits, fp32_sums=True)
         if narrow is not None and factors is not None:
             x16, tokens = narrow, factors[1]
-    words = tiles.view(tiles.shape[0], tiles.shape[1] * 8, 32)
-    scale_list = scales.view(-1)
-    zero_list = scale_list if zeros is None else zeros.view(-1)
-    descriptors = [
-        TensorDescriptor.from_tensor(tensor, list(shape), layout)
-        for tensor, (shape, layout) in zip(
-            (x16, words, scale_list, zero_list),
-            blocks(tile, problem.bits, scale_list.dtype, zero_list.dtype),
-            strict=True,
-        )
-    ]
     count = cdiv(problem.m, tile.block_m) * cdiv(problem.n, tile.block_n)
-    split = min(tile.split_k, cdiv(problem.k, 128))
-    programs = min(multiprocessors(x.device), count * split)
-    left = count % programs
-    sharers = max(1, min(programs, left * split))
+    programs, left, sharers = schedule(count, cdiv(problem.k, 128), tile.split_k, multiprocessors(x.device))
     partials, counters = _workspace(programs, left if sharers > left else 0, tile, x.device)
     scaled_kernel[(programs,)](
-        *descriptors,
+        *descriptors(x16, tiles, scales, zeros, problem, tile),
         scales,
         scales if zeros is None else zeros,
         rows,
@@ -200,20 +178,9 @@ def compile_case(tile: Tile, problem: Problem) -> CompileCase:
 
     constexprs = _constants(problem, tile, has_bias=True)
     name = NAMES[problem.dtype]
-    zeros = torch.uint8 if problem.asymmetric else problem.dtype
-    kinds = ("fp16", "i32", name, "u8" if problem.asymmetric else name)
-    descriptors = {
-        key: f"tensordesc<{kind}{list(shape)},{layout!r}>"
-        for key, kind, (shape, layout) in zip(
-            ("x_desc", "w_desc", "s_desc", "z_desc"),
-            kinds,
-            blocks(tile, problem.bits, problem.dtype, zeros),
-            strict=True,
-        )
-    }
     pointers = {
         "scales_ptr": name,
-        "zeros_ptr": kinds[3],
+        "zeros_ptr": "u8" if problem.asymmetric else name,
         "rows_ptr": "fp32",
         "tokens_ptr": "fp32",
         "bias_ptr": name,
@@ -222,7 +189,7 @@ def compile_case(tile: Tile, problem: Problem) -> CompileCase:
         "counters_ptr": "i32",
     }
     integers = dict.fromkeys(("M", "N", "K", "sharers"), "i32")
-    signature = descriptors | {key: f"*{kind}" for key, kind in pointers.items()} | integers
+    signature = descriptor_types(problem, tile, "fp16") | {key: f"*{kind}" for key, kind in pointers.items()} | integers
     kind = "asym" if problem.asymmetric else "sym"
     return CompileCase(
         name=f"{name} {problem.bits}b g{problem.group_size} {kind} {tile}",

@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_ring import fill_slot, piece_fragment, piece_words, runs_of_step, slot_of, slot_phase
+from .hopper_ring import fill_slot, piece_fragment, piece_words, runs_of_step, slot_of, slot_phase, store_rows
 from .shared_tiles import banded_tile, last_of, segment_of, segments_of, sum_of
 
 __all__ = ["scaled_kernel"]
@@ -128,7 +128,6 @@ def _store(
     HAS_TOKENS: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, MMA: gl.constexpr,
 ):  # fmt: skip
     """Sums (64, BLOCK_M) of rows ``first ..`` over what x and weights were multiplied by, plus bias, rounded once."""
-    STORE: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])  # 64 rows of four tokens per warp
     if SCALED:
         acc *= _rows(rows_ptr + N, first, N, MMA)[:, None]
     else:
@@ -137,12 +136,7 @@ def _store(
         acc *= gl.load(tokens_ptr + token + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA)))[None, :]
     if HAS_BIAS:
         acc += _rows(bias_ptr, first, N, MMA).to(gl.float32)[:, None]
-    # through shared memory: a lane holds two rows of two tokens, and out wants rows side by side
-    out = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), STORE)
-    rows = first + gl.arange(0, 64, layout=gl.SliceLayout(1, STORE))
-    tokens = token + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, STORE))
-    ptrs = out_ptr + tokens.to(gl.int64)[None, :] * N + rows[:, None]
-    gl.store(ptrs, out, mask=(rows < N)[:, None] & (tokens < M)[None, :])
+    store_rows(acc, out_ptr, token, first, M, N)
 
 
 @gluon.jit

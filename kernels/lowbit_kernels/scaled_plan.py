@@ -31,6 +31,7 @@ __all__ = [
     "scaled_blocks",
     "scaled_shared_bytes",
     "scaled_why_not",
+    "schedule",
     "segment_of",
     "segments_of",
     "share_of",
@@ -81,16 +82,17 @@ def scaled_why_not(tile: Tile, problem: Problem) -> str | None:
     return f"{needed} bytes of shared memory, sm_90 has {SHARED_LIMIT}" if needed > SHARED_LIMIT else None
 
 
-def steps_taken(count: int, steps: int, split_k: int, programs: int) -> tuple[int, float]:
-    """Steps of the busiest program for ``count`` output tiles, and how many share a left tile in the mean.
-
-    Args:
-        programs: multiprocessors; ``split_k`` sharers per left tile at most.
-    """
+def schedule(count: int, steps: int, split_k: int, multiprocessors: int) -> tuple[int, int, int]:
+    """(programs, left tiles, sharers) for ``count`` tiles of out, of which split_k programs may share a left one."""
     split = min(split_k, steps)
-    programs = min(programs, count * split)
+    programs = min(multiprocessors, count * split)
     left = count % programs
-    sharers = max(1, min(programs, left * split))
+    return programs, left, max(1, min(programs, left * split))
+
+
+def steps_taken(count: int, steps: int, split_k: int, multiprocessors: int) -> tuple[int, float]:
+    """Steps of the busiest program of a :func:`schedule`, and how many share a left tile in the mean."""
+    programs, left, sharers = schedule(count, steps, split_k, multiprocessors)
     return count // programs * steps + -(-left * steps // sharers), sharers / max(1, left)
 
 
