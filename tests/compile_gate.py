@@ -38,7 +38,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 import lowbit_kernels
 from lowbit_kernels.cases import CompileCase
 from lowbit_kernels.tiles import shared_limit
-from sass_figures import LoopFigures, loop_figures
+from sass_figures import LoopFigures, before_wait, loop_figures
 
 __all__ = ["DEMANDING", "Figures", "cases", "compile_all", "compile_one", "complaints", "planned"]
 
@@ -58,7 +58,10 @@ Key = tuple[str, str, int]
 
 @dataclass(frozen=True)
 class Figures:
-    """What one compilation came to: registers per thread, bytes of stack, spills and shared memory, the main loop."""
+    """What one compilation came to: registers per thread, bytes of stack, spills and shared memory, the main loop.
+
+    before_wait: accesses to global memory before the kernel before has ended; None where it does not wait for one.
+    """
 
     registers: int
     stack: int
@@ -67,6 +70,7 @@ class Figures:
     warnings: tuple[str, ...]
     tcgen05: bool
     loop: LoopFigures
+    before_wait: int | None = None
 
 
 @lru_cache(maxsize=1)
@@ -127,6 +131,7 @@ def compile_one(case: CompileCase, arch: int) -> Figures:
         warnings=tuple(line.strip() for line in log.splitlines() if re.search(r"C75\d\d|warning", line)),
         tcgen05="UTCHMMA" in sass or "UTCIMMA" in sass or "UTCQMMA" in sass,
         loop=loop_figures(sass, tokens=case.tokens, warps=warps, weights=_loop_weights(case)),
+        before_wait=before_wait(sass),
     )
 
 
@@ -167,6 +172,11 @@ def complaints(case: CompileCase, arch: int, figures: Figures) -> list[str]:
     if bound is not None and figures.shared > bound:
         found.append(f"{figures.shared} bytes of shared memory, but tiles.shared_bytes promises at most {bound}")
     found += [f"the assembler says: {line}" for line in figures.warnings if re.search(r"C7515|C7508|C7510", line)]
+    if case.constexprs.get("PDL"):
+        if figures.before_wait is None:
+            found.append("PDL, but it does not let the next kernel begin or does not wait for the one before")
+        elif figures.before_wait:
+            found.append(f"{figures.before_wait} accesses to global memory before it waits for the kernel before")
     if not case.tokens or (figures.tcgen05 and not loop.weights):
         return found  # no matrix instructions, or those of sm_100, which take no operand from registers
     if not loop.weights:

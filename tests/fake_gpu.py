@@ -169,7 +169,7 @@ class _Lowered:
         self.gpu.launches.append(
             Launch(
                 self.src.fn.__name__, grid, dict(self.src.signature), self.constants, self.aligned,
-                {"num_warps": self.options.num_warps, "num_stages": self.options.num_stages},
+                {name: getattr(self.options, name) for name in ("num_warps", "num_stages", "launch_pdl")},
             )
         )  # fmt: skip
         with _no_modes():

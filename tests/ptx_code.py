@@ -22,7 +22,7 @@ __all__ = ["PARAMETERS", "Block", "Code", "place"]
 PARAMETERS = 1 << 44
 """Where parameters seem to lie: 4 KiB each."""
 _WAITING = ("bra", "brx", "ret", "bar", "barrier", "setmaxnreg")
-_NOTHING = {"fence", "griddepcontrol", "membar"}
+_NOTHING = {"fence", "membar"}
 _NUMBERS = itertools.count()
 
 
@@ -248,6 +248,19 @@ def _cp(code: Code, one: Instruction, mask: str) -> str | None:
     return None
 
 
+def _grid_control(code: Code, one: Instruction, mask: str) -> str | None:
+    if one.opcode[1] == "launch_dependents":
+        return "pass"  # a permission, of which no use is made here
+    return f"u.wait_for_previous({mask})" if one.opcode[1] == "wait" else None
+
+
+def _prefetch(code: Code, one: Instruction, mask: str) -> str | None:
+    address = one.operands[0]
+    if one.opcode[1:] != ("global", "L2") or not isinstance(address, Address):
+        return None
+    return f"u.prefetch({code._address(address, 64)}, {mask})"
+
+
 def _mbarrier(code: Code, one: Instruction, mask: str) -> str | None:
     kind, operands = one.opcode[1], one.operands
     places = [operand for operand in operands if isinstance(operand, Address)]
@@ -305,4 +318,5 @@ def _matrix(code: Code, one: Instruction, mask: str) -> str | None:
 _SPECIAL: Mapping[str, Any] = {
     "ld": _load, "st": _store, "atom": _atomic, "cp": _cp, "mbarrier": _mbarrier, "elect": _lanes, "redux": _lanes,
     "shfl": _lanes, "ldmatrix": _matrix, "stmatrix": _matrix, "mma": _matrix, "wgmma": _matrix,
+    "griddepcontrol": _grid_control, "prefetch": _prefetch,
 }  # fmt: skip

@@ -104,13 +104,18 @@ class Machine:
             raise PtxError(f"{len(parameters)} parameters for {self.program.parameters}")
         values = place(self.program, parameters)
         atomics = any(one.opcode[0] == "atom" for one in self.program.instructions)
+        early = any(one.opcode[:2] == ("griddepcontrol", "launch_dependents") for one in self.program.instructions)
         programs = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
         order.shuffle(programs)
         with np.errstate(all="ignore"):
             for number, program in enumerate(programs):
                 # where programs do not talk to each other, each has its own time
                 among = (number, len(programs)) if atomics else (0, 1)
+                if early:
+                    memory.begin_early()
                 Cta(self, program, grid, values, memory, order, late, among, counts).run()
+                if memory.waited == []:
+                    raise PtxError(f"program {program} ends without griddepcontrol.wait: the next kernel relies on it")
 
 
 class Cta:

@@ -43,6 +43,7 @@ class GlobalMemory:
         self.written_by: list[Array] = []
         self.written_at: list[Array] = []
         self.released: dict[int, Array] = {}  # what an atomic's address passes on
+        self.waited: list[tuple[int, int]] | None = None  # when which warps of a program waited for the kernel before
 
     def allow(self, extents: Sequence[tuple[int, int]]) -> None:
         """Make ``[start, end)`` of this process's memory accessible; overlapping parts become one."""
@@ -78,7 +79,18 @@ class GlobalMemory:
         part = int(which[0])
         return part, (addresses - self.starts[part])[:, None] + np.arange(size)
 
+    def begin_early(self) -> None:
+        """A program begins while the kernel before it runs: until it has waited for that, it may only prefetch."""
+        self.waited = []
+
+    def previous_ended(self, actor: int, clock: Array) -> None:
+        """A warp has waited for the kernel before."""
+        if self.waited is not None:
+            self.waited.append((actor, int(clock[actor])))
+
     def _ordered(self, part: int, at: Array, clock: Array, what: str) -> None:
+        if self.waited is not None and not any(clock[actor] >= at_that_time for actor, at_that_time in self.waited):
+            raise Race(f"{what} before griddepcontrol.wait: the kernel before may still write there, or read")
         by = self.written_by[part][at]
         if (self.written_at[part][at] > clock[by]).any():
             raise Race(f"{what} of bytes of a tensor that warp {by.max()} of the grid wrote, nothing orders them")
@@ -107,6 +119,8 @@ class GlobalMemory:
         word = self.parts[part][at[0]].view(np.uint32)
         old = int(word[0])
         self.parts[part][at[0]] = np.array([old + value & 0xFFFFFFFF], np.uint32).view(np.uint8)
+        if self.waited == []:
+            raise Race("an atomic before griddepcontrol.wait: the kernel before may still use it")
         passed = self.released.setdefault(address, np.zeros_like(clock))
         np.maximum(clock, passed, out=clock)
         np.maximum(clock, passed, out=passed)

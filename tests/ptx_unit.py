@@ -100,6 +100,18 @@ class Unit:
             out[i][active] = values[:, i].astype(to).view(f"u{to[1]}")
         return out
 
+    def prefetch(self, addresses: Array, mask: Array | None) -> None:
+        """To the L2, which is always up to date: the addresses must be a tensor's, and that is all."""
+        active = np.arange(32) if mask is None else np.flatnonzero(mask)
+        if len(active):
+            self.cta.memory.find(addresses[active], 1, "a prefetch")
+
+    def wait_for_previous(self, mask: Array | None) -> None:
+        """``griddepcontrol.wait``: from now on this warp, and who hears of it, may read and write what others do."""
+        self._all(mask, "griddepcontrol.wait")
+        self.cta.memory.previous_ended(self.warp.actor, self.warp.clock)
+        self.warp.tick()
+
     def _count(self, what: str, addresses: Array, size: int) -> None:
         """Add an access's passes over the banks to what the run counts, if it does."""
         counts = self.cta.counts

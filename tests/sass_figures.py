@@ -15,6 +15,7 @@ __all__ = [
     "INTEGER",
     "Instruction",
     "LoopFigures",
+    "before_wait",
     "instructions",
     "loop_figures",
     "macs",
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-Za-z0-9_.]*)([^;]*);", re.MULTILINE)
+_GLOBAL = ("LDG", "LDGSTS", "STG", "ATOMG", "RED", "REDG", "UBLKCP", "UTMALDG", "LD", "ST")
 _TARGET = re.compile(r"0x([0-9a-f]+)")
 
 _LOGIC = {"LOP3", "SHF", "SHL", "SHR", "PRMT", "BFE", "BFI", "SGXT", "BMSK", "SEL", "IABS", "IMNMX", "VIMNMX", "ISETP"}
@@ -78,6 +80,20 @@ class LoopFigures:
 def instructions(sass: str) -> list[Instruction]:
     """The instructions of ``cuobjdump -sass``'s text, in order of address."""
     return [Instruction(int(address, 16), op, rest.strip()) for address, _, op, rest in _LINE.findall(sass)]
+
+
+def before_wait(sass: str) -> int | None:
+    """Accesses to global memory in front of griddepcontrol.wait (ACQBULK), prefetches apart; None where there is none.
+
+    Of code whose warps have parts of their own the order in memory is no order of time: not counted.
+    """
+    code = instructions(sass)
+    waits = [index for index, one in enumerate(code) if one.base == "ACQBULK"]
+    if not waits or not any(one.base == "PREEXIT" for one in code):
+        return None
+    if any(one.base == "USETMAXREG" for one in code):
+        return 0
+    return sum(one.base in _GLOBAL for one in code[: waits[0]])
 
 
 def macs(instruction: Instruction) -> int:

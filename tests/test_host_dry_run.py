@@ -124,7 +124,7 @@ def test_wrong_launches_are_seen(gpu):
 
     def launch(x=x, grid=(1, 1), m=5, n=48, **constants):
         weight_only.weight_only_kernel[grid](
-            x, packed.tiles, s, s, s, out, s, s, s, M=m, N=n, **constants, num_warps=4, num_stages=3
+            x, packed.tiles, s, s, s, out, s, s, s, M=m, N=n, PDL=False, **constants, num_warps=4, num_stages=3
         )
 
     launch(**right)

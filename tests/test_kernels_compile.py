@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed (it exist
 import gate_examples  # noqa: E402
 from compile_gate import cases, compile_all, compile_one, complaints, planned  # noqa: E402
 from lowbit_kernels.cases import ARCHITECTURES  # noqa: E402
-from sass_figures import instructions, loop_figures, macs, main_loop  # noqa: E402
+from sass_figures import before_wait, instructions, loop_figures, macs, main_loop  # noqa: E402
 
 CASES = cases()
 PLAN = planned(CASES)
@@ -76,6 +76,19 @@ def test_serialised_wgmma_is_seen():
     assert "C7515" in " ".join(complaints(case, 90, figures))
     other = replace(case, wgmma="shared")
     assert "takes the weights from registers, claimed shared" in " ".join(complaints(other, 90, figures))
+
+
+def test_what_touches_memory_before_the_kernel_before_has_ended_is_seen():
+    case = gate_examples.narrow_copies()
+    early = replace(case, constexprs={**case.constexprs, "PDL": True})
+    figures = compile_one(case, 90)
+    assert figures.before_wait is None and "does not wait" in " ".join(complaints(early, 90, figures))
+    code = ("PREEXIT", "CCTL.E.PF2 [R2]", "LDG.E R0, [R2.64]", "ACQBULK", "STG.E [R2.64], R0", "EXIT")
+    sass = "".join(f"        /*{16 * i:04x}*/                   {text} ;  /* 0x00 */\n" for i, text in enumerate(code))
+    assert before_wait(sass) == 1 and before_wait(sass.replace("LDG.E R0", "LDS R0")) == 0
+    assert before_wait(sass.replace("PREEXIT", "NOP")) is before_wait(sass.replace("ACQBULK", "NOP")) is None
+    found = complaints(early, 90, replace(figures, before_wait=1))
+    assert "1 accesses to global memory before it waits" in " ".join(found)
 
 
 def test_narrow_copies_are_seen():

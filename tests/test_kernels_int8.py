@@ -214,6 +214,7 @@ else:
             M=1,
             N=n,
             **module.int8_constants(k, tile, False, False),
+            PDL=False,
         )
         expected = x[:, :1024].long() @ w[:, :1024].long().t()
         assert torch.equal(partials[:, 0, :, 0].flatten()[:n].long(), expected[0]) and counters.tolist() == [1] * count

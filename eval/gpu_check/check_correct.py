@@ -60,6 +60,7 @@ def checks(device: torch.device, arch: int, *, tiny: bool, without: Sequence[str
         yield from _of_family(family, dtypes, device, arch, tiny)
     from check_grouped import grouped_checks  # which use this module
     from check_int8 import int8_checks, int8_hopper_checks
+    from check_overlap import overlap_checks
 
     yield from grouped_checks(device, dtypes, arch, tiny=tiny)
     yield from int8_checks(device, dtypes, tiny=tiny)
@@ -72,6 +73,8 @@ def checks(device: torch.device, arch: int, *, tiny: bool, without: Sequence[str
             yield from _of_family(family, dtypes, device, arch, tiny)
     if on_gpu and arch == 90 and "gluon" not in without:
         yield from int8_hopper_checks(device, dtypes, tiny=tiny)
+    if on_gpu:
+        yield from overlap_checks(device, dtypes[0], arch, tiny=tiny, without=without)
 
 
 def _of_family(

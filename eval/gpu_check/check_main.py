@@ -5,7 +5,8 @@
     scripts/gpu_check --out FOLDER --parts w4a16      one part; `correct` is run first whatever is named
     scripts/gpu_check --interpret --out FOLDER        the correctness suite on the CPU, tiny, by Triton's interpreter
     scripts/gpu_check --tiny --out FOLDER             every part at sizes that take no time: does all of it run at all?
-    scripts/gpu_check --without scaled --out FOLDER   neither checks nor measures that family, should it never end
+    scripts/gpu_check --without scaled --out FOLDER   neither checks nor measures that family, should it never end;
+                                                      pdl: nor launches that overlap (kernels/lowbit_kernels/overlap.py)
     scripts/gpu_check --dry-run                       the plan
 
 Needs torch and triton; runs from a checkout with nothing installed. Peers are measured when they are importable
@@ -26,8 +27,8 @@ from pathlib import Path
 PARTS = ("correct", "limits", "w4a16", "w8a16", "w8a8", "cold", "host", "sanitizer", "model")
 DEFAULT_PEERS = ("aten int4", "aten int8", "humming", "marlin")
 OTHER_PEERS = ("gemlite",)
-FAMILIES = ("gluon", "scaled")
-"""That may be left out: no table that is shipped picks them."""
+LEFT_OUT = ("gluon", "scaled", "pdl")
+"""What may be left out: families, and launches that overlap. No table that is shipped picks them."""
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 3
 
 
@@ -44,14 +45,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--interpret", action="store_true", help="correctness on the CPU, tiny sizes")
     parser.add_argument("--tiny", action="store_true", help="tiny layers, short suite; its times mean nothing")
     parser.add_argument(
-        "--without", default="", metavar="FAMILY", help=f"leave out, comma-separated, of {', '.join(FAMILIES)}"
+        "--without", default="", metavar="WHAT", help=f"leave out, comma-separated, of {', '.join(LEFT_OUT)}"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and end")
     parser.add_argument("--sanitized-launches", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.parts = _names(parser, "--parts", options.parts, PARTS)
     allowed = (*DEFAULT_PEERS, *OTHER_PEERS)
-    options.without = _names(parser, "--without", options.without, FAMILIES) if options.without else ()
+    options.without = _names(parser, "--without", options.without, LEFT_OUT) if options.without else ()
     options.peers = () if options.peers == "none" else _names(parser, "--peers", options.peers, allowed)
     if options.out is None and not (options.dry_run or options.sanitized_launches):
         parser.error("--out FOLDER is needed")

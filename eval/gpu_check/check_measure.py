@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from check_time import GraphTimer
 from torch import Tensor
 
 from lowbit_kernels.dispatch import choose
-from lowbit_kernels.int8_tiles import HOPPER_TILES, Int8Tile, fill_split
-from lowbit_kernels.tiles import FAMILIES, HOPPER, Problem, Tile
+from lowbit_kernels.int8_tiles import HOPPER_TILES, Int8Tile, fill_split, pick_tile
+from lowbit_kernels.tiles import FAMILIES, HOPPER, PDL_ARCH, Problem, Tile
 
 __all__ = ["MODES", "TOKENS", "Point", "free_memory", "measure", "points", "work_of_points"]
 
@@ -32,6 +33,8 @@ GROUP = {"w4a16": 128, "w8a16": 128}
 ROUNDS = 7
 DTYPE = torch.bfloat16
 DEVICE = torch.device("cuda")
+PDL_TOKENS = 256
+"""The most tokens for which launches that overlap are measured beside those that do not."""
 CHECKED_TOKENS = 8
 """Rows of the result that are compared with float64 in a measured case."""
 
@@ -70,7 +73,7 @@ def measure(
     n, k, m = point.linear.n, point.linear.k, point.m
     x = torch.randn(m, k, device=DEVICE).to(DTYPE)
     if point.mode == "w8a8":
-        runs, tiles, errors, moved = _int8_contestants(x, n, k, point.cold, arch, without)
+        runs, tiles, errors, moved = _int8_contestants(x, n, k, point.cold, arch, gpu, without)
     else:
         runs, tiles, errors, moved = _weight_only_contestants(point, x, arch, gpu, peers, without, say)
     timers: dict[str, Callable[[], float]] = {name: GraphTimer(calls) for name, calls in runs.items()}
@@ -124,7 +127,7 @@ def _weight_only_contestants(
     runs: dict[str, list[Callable[[], object]]] = {}
     tiles, errors = {}, {}
     for name, tile in _lowbit_tiles(problem, arch, gpu).items():
-        if tile.family in without:
+        if tile.family in without or (tile.pdl and "pdl" in without):
             continue
         errors[name] = _checked(first, x, tile, f"{point.case}, {name}")
         runs[name] = [_bound(packed, x, tile) for packed in weights]
@@ -155,8 +158,10 @@ def _lowbit_tiles(problem: Problem, arch: int, gpu: str) -> dict[str, Tile]:
         if family in HOPPER and arch != 90:
             continue
         tile = family_tile(family, problem, arch, _multiprocessors())
-        if tile is not None and tile != chosen:
+        if tile is not None and tile != replace(chosen, pdl=False):
             found[f"lowbit {family}"] = tile
+    if arch >= PDL_ARCH and chosen.family != "dequant" and problem.m <= PDL_TOKENS:
+        found["lowbit without pdl" if chosen.pdl else "lowbit pdl"] = replace(chosen, pdl=not chosen.pdl)
     return found
 
 
@@ -188,7 +193,9 @@ def _cublas(first: Packed, x: Tensor, cold: int) -> list[Callable[[], object]]:
     return [lambda weight=weight: torch.nn.functional.linear(x, weight) for weight in dense]
 
 
-def _int8_contestants(x: Tensor, n: int, k: int, cold: int, arch: int, without: tuple[str, ...]) -> Contestants:
+def _int8_contestants(
+    x: Tensor, n: int, k: int, cold: int, arch: int, gpu: str, without: tuple[str, ...]
+) -> Contestants:
     from lowbit_kernels.int8 import int8_linear, int8_matmul
     from lowbit_kernels.int8_quantize import quantize_activations
 
@@ -196,9 +203,12 @@ def _int8_contestants(x: Tensor, n: int, k: int, cold: int, arch: int, without: 
     weights = [torch.randint(-128, 128, (n, k), dtype=torch.int8, device=DEVICE) for _ in range(copies)]
     scale = 0.01 + 0.01 * torch.rand(n, device=DEVICE)
 
-    def ours(weight: Tensor) -> Tensor:
-        out: Tensor = int8_linear(x, weight, scale, None, None, None)
+    def ours(weight: Tensor, tile: Int8Tile | None = None) -> Tensor:
+        out: Tensor = int8_linear(x, weight, scale, None, None, None, tile=tile)
         return out
+
+    def alone(weight: Tensor, tile: Int8Tile | None = None) -> Tensor:
+        return int8_matmul(x_q, x_scale, weight, scale, None, out_dtype=DTYPE, tile=tile)
 
     x_q, x_scale, _ = quantize_activations(x)
     rows = slice(0, CHECKED_TOKENS)
@@ -208,22 +218,25 @@ def _int8_contestants(x: Tensor, n: int, k: int, cold: int, arch: int, without: 
         raise CheckFailed(f"W8A8 {tuple(x.shape)} x {n}: relative RMS error {error:.2e} against its own int8 operands")
     errors = {"lowbit": error}
     runs: dict[str, list[Callable[[], object]]] = {
-        "lowbit": [lambda weight=weight: ours(weight) for weight in weights],
-        "lowbit int8 matmul alone": [
-            lambda weight=weight: int8_matmul(x_q, x_scale, weight, scale, None, out_dtype=DTYPE) for weight in weights
-        ],
+        "lowbit": [partial(ours, weight) for weight in weights],
+        "lowbit int8 matmul alone": [partial(alone, weight) for weight in weights],
     }
-    tiles: dict[str, str] = {}
+    others: dict[str, tuple[Int8Tile, Callable[[Tensor], Tensor]]] = {}
+    if arch >= PDL_ARCH and x.shape[0] <= PDL_TOKENS and "pdl" not in without:
+        chosen = pick_tile(x.shape[0], n, k, arch, gpu)
+        other = replace(chosen, pdl=not chosen.pdl)
+        others[f"lowbit {'pdl' if other.pdl else 'without pdl'}"] = other, partial(ours, tile=other)
     if arch == 90 and "gluon" not in without and k % 16 == 0:
-        name, tile = "lowbit gluon int8 matmul alone", _int8_hopper_tile(x.shape[0], n, k)
-        found = int8_matmul(x_q, x_scale, weights[0], scale, None, out_dtype=DTYPE, tile=tile)
-        errors[name], tiles[name] = relative_rms(found[rows], exact), str(tile)
+        others["lowbit gluon int8 matmul alone"] = (
+            (tile := _int8_hopper_tile(x.shape[0], n, k)),
+            partial(alone, tile=tile),
+        )
+    tiles: dict[str, str] = {}
+    for name, (tile, call) in others.items():
+        errors[name], tiles[name] = relative_rms(call(weights[0])[rows], exact), str(tile)
         if not errors[name] <= limit_of(DTYPE, exact.numel()):
             raise CheckFailed(f"W8A8 {tuple(x.shape)} x {n}, {tile}: relative RMS error {errors[name]:.2e}")
-        runs[name] = [
-            lambda weight=weight: int8_matmul(x_q, x_scale, weight, scale, None, out_dtype=DTYPE, tile=tile)
-            for weight in weights
-        ]
+        runs[name] = [partial(call, weight) for weight in weights]
     if x.shape[0] > 16:  # torch._int_mm refuses fewer rows
         runs["torch._int_mm"] = [lambda weight=weight: torch._int_mm(x_q, weight.t()) for weight in weights]
     dense = [

@@ -8,9 +8,11 @@
 Each case is one shape, bits and number of tokens: every tile, alone and with the split that fills the GPU, and the
 floor (dequantise in chunks, then cuBLAS) and the dense layer beside them, all in CUDA graphs over cold weights and
 interleaved, after the result of each tile has been compared with float64. tune_table.py has the rule of choice. W8A8
-likewise: every shipped tile of its own, quantization apart, the fastest is chosen (--bits w8a8: these alone). What is
-to be measured is compiled ahead, in parallel. The shape that stands for any comes first, in every width: from then on a
-run that stops at --minutes writes the table of what it has. --without FAMILY leaves one out, as in scripts/gpu_check.
+likewise: every shipped tile of its own, quantization apart, the fastest is chosen (--bits w8a8: these alone). On the
+shape that stands for any, with few tokens, the fastest tile is also launched to begin while the launch before ends
+(overlap.py); if that is faster in the mean, the table says so for all. What is to be measured is compiled ahead, in
+parallel. The shape that stands for any comes first, in every width: from then on a run that stops at --minutes writes
+the table of what it has. --without leaves out what scripts/gpu_check --without does.
 Exit status: 0 done; 1 a tile gave a wrong result; 2 no GPU, or bad arguments; 3 stopped at --minutes, --resume goes on.
 """
 
@@ -26,14 +28,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from check_main import LEFT_OUT
+from check_stats import geometric_mean
 from check_store import Store
 from tune_predict import TABLES, table_file, to_text, write_predicted
-from tune_table import FLOOR, M_BUCKETS, Pick, pick, rows_of, shipped_tiles, table
+from tune_table import FLOOR, M_BUCKETS, NOISE, Pick, pick, rows_of, shipped_tiles, table
 
 from lowbit_kernels import int8_tiles
 from lowbit_kernels.dispatch import fill_split, parse_table
 from lowbit_kernels.int8_tiles import HOPPER_TILES, TILES, Int8Tile
-from lowbit_kernels.tiles import FAMILIES, HOPPER, Problem, Tile, fits
+from lowbit_kernels.tiles import FAMILIES, PDL_ARCH, Problem, Tile, fits
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 3
 SHAPES = (
@@ -51,6 +55,9 @@ ANY = (8192, 8192)
 BITS = (4, 8, 2)
 GROUP = 128
 ROUNDS = 5
+INT8_FIELDS = ("block_m", "block_n", "block_k", "split_k", "num_warps", "num_stages")
+PDL_TOKENS = (1, 4, 16, 64)
+"""Where launches that overlap are tried, on the shape that stands for any: the fewer tokens the more they may gain."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -63,7 +70,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--install", action="store_true", help="copy the table into the package")
     parser.add_argument("--minutes", type=float, default=25.0, help="stop before a case that begins later than this")
     parser.add_argument("--bits", default="4,8,2,w8a8", help="what to tune, comma-separated, of 4, 8, 2, w8a8")
-    parser.add_argument("--without", default="", help=f"families to leave out, comma-separated, of {', '.join(HOPPER)}")
+    parser.add_argument("--without", default="", help=f"what to leave out, comma-separated, of {', '.join(LEFT_OUT)}")
     parser.add_argument("--predict", action="store_true", help="rewrite the predicted tables and end")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and end")
     options = parser.parse_args(arguments)
@@ -71,8 +78,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if set(asked) - {"2", "4", "8", "w8a8"}:
         parser.error(f"--bits must be of 2, 4, 8 and w8a8, got {options.bits!r}")
     options.without = tuple(name for name in options.without.split(",") if name)
-    if set(options.without) - set(HOPPER):
-        parser.error(f"--without must be of {', '.join(HOPPER)}, got {','.join(options.without)!r}")
+    if set(options.without) - set(LEFT_OUT):
+        parser.error(f"--without must be of {', '.join(LEFT_OUT)}, got {','.join(options.without)!r}")
     options.bits, options.int8 = tuple(bits for bits in BITS if str(bits) in asked), "w8a8" in asked
     if options.out is None and not (options.predict or options.dry_run):
         parser.error("--out FOLDER is needed")
@@ -155,16 +162,22 @@ def make_table(store: Store, about: dict[str, Any], multiprocessors: int, copy_b
         for chosen in of_shape
         if chosen.over_dense < 1
     ]
+    pdl = [record["pdl"] for record in store.records("tune") if record.get("pdl")]
     int8 = int8_rows(store.records("tune int8"))
     made = table(
         gpu=about["gpu"],
         arch=about["arch"],
         source="measured",
-        about={**{key: about[key] for key in ("driver", "torch", "triton", "date", "sources")}, "below_dense": slower},
+        about={
+            **{key: about[key] for key in ("driver", "torch", "triton", "date", "sources")},
+            "below_dense": slower,
+            "pdl_over_plain": [round(ratio, 3) for ratio in pdl],
+        },
         chip={"multiprocessors": multiprocessors, "bandwidth_gbs": round(copy_bytes / 1e9)},
         rows=rows,
     )
     made |= {"int8_rows": int8} if int8 else {}
+    made |= {"pdl": geometric_mean(pdl) < 1 - NOISE} if pdl else {}
     parse_table(made, "the new table")
     return made
 
@@ -184,7 +197,8 @@ def int8_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             first = len(lines)
             for m in sorted(of_shape):
                 tile = of_shape[m] if place == (n, k) else replace(of_shape[m], split_k=0)
-                fields = [value for name, value in vars(tile).items() if name != "family" or value != "triton"]
+                fields = [vars(tile)[name] for name in INT8_FIELDS]
+                fields += [tile.family] if tile.family != "triton" else []
                 line = {"n": place[0], "k": place[1], "m": m, "tile": fields}
                 if len(lines) > first and lines[-1]["tile"] == line["tile"]:
                     lines[-1]["m"] = m
@@ -240,11 +254,15 @@ def _measured(part: Sequence[Case], store: Store, arch: int, deadline: float) ->
 
 @dataclass(frozen=True)
 class Case:
-    """One shape and number of tokens, and the tiles to measure on it; W8A8's where they are Int8Tiles."""
+    """One shape and number of tokens, and the tiles to measure on it; W8A8's where they are Int8Tiles.
+
+    ``pdl``: also what the fastest of them gains when launches overlap.
+    """
 
     problem: Problem
     tiles: tuple[Any, ...]
     int8: bool
+    pdl: bool = False
 
     @property
     def key(self) -> tuple[str, str]:
@@ -264,8 +282,8 @@ class Case:
             store.add(*self.key, {**size, "times": _listed(seconds)})
             best = min(seconds, key=lambda tile: seconds[tile])
             return f"{self.key[1]}: {best} {seconds[best] * 1e6:.1f} us"
-        times, dense = measure_case(p, self.tiles, ROUNDS)
-        store.add(*self.key, {"bits": p.bits, **size, "times": _listed(times), "dense": dense})
+        times, dense, pdl = measure_case(p, self.tiles, ROUNDS, pdl=self.pdl)
+        store.add(*self.key, {"bits": p.bits, **size, "times": _listed(times), "dense": dense, "pdl": pdl})
         chosen = pick(p.m, times, dense)
         return f"{self.key[1]}: {chosen.tile} {chosen.seconds * 1e6:.1f} us, {chosen.over_dense:.2f}x dense"
 
@@ -280,7 +298,8 @@ def work(options: argparse.Namespace, arch: int, multiprocessors: int, dtype: An
     for bits, n, k, m in cases(options.bits):
         problem = Problem(m, n, k, bits, GROUP, dtype)
         tiles = (tile for tile in candidates(problem, arch, multiprocessors) if tile.family not in options.without)
-        found.append(Case(problem, tuple(tiles), False))
+        pdl = arch >= PDL_ARCH and "pdl" not in options.without and (n, k) == ANY and m in PDL_TOKENS
+        found.append(Case(problem, tuple(tiles), False, pdl))
     for n, k, m in int8_cases() if options.int8 else ():
         problem = Problem(m, n, k, 8, -1, dtype)
         int8 = (t for t in int8_candidates(m, n, k, arch, multiprocessors) if t.family not in options.without)

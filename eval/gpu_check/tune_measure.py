@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -22,8 +23,12 @@ CHECKED_TOKENS = 4
 DEVICE = torch.device("cuda")
 
 
-def measure_case(problem: Problem, tiles: Sequence[Tile], rounds: int) -> tuple[dict[Tile, float], float]:
-    """Median seconds of each tile, and of the dense layer. CheckFailed when a tile's result is wrong."""
+def measure_case(
+    problem: Problem, tiles: Sequence[Tile], rounds: int, *, pdl: bool = False
+) -> tuple[dict[Tile, float], float, float | None]:
+    """Median seconds of each tile, and of the dense layer; and the fastest tile's with launches that overlap over its
+    own without, if ``pdl`` and that tile is fused. CheckFailed when a tile's result is wrong.
+    """
     torch.manual_seed(0)
     device, n, k = DEVICE, problem.n, problem.k
     first = random_packed(n, k, problem.bits, problem.group_size, problem.dtype, device)
@@ -32,19 +37,26 @@ def measure_case(problem: Problem, tiles: Sequence[Tile], rounds: int) -> tuple[
     weights += [random_packed(n, k, problem.bits, problem.group_size, problem.dtype, device) for _ in range(copies - 1)]
     x = torch.randn(problem.m, k, device=device).to(problem.dtype)
     expected = reference(x[:CHECKED_TOKENS], first)
-    timers: dict[str, Callable[[], float]] = {}
-    for tile in tiles:
+
+    def timer(tile: Tile) -> Callable[[], float]:
         error = relative_rms(first(x, tile=tile)[:CHECKED_TOKENS], expected)
         limit = limit_of(problem.dtype, expected.numel(), tile)
         if not error <= limit:
             raise CheckFailed(f"{problem}, {tile}: relative RMS error {error:.2e}, allowed {limit:.1e}")
-        timers[repr(tile)] = GraphTimer([partial(weight, x, tile=tile) for weight in weights])
+        return GraphTimer([partial(weight, x, tile=tile) for weight in weights])
+
+    timers: dict[str, Callable[[], float]] = {repr(tile): timer(tile) for tile in tiles}
     dense = [torch.cat([dense_weight(first, problem.dtype, slice(row, row + 4096)) for row in range(0, n, 4096)])]
     for _ in range(copies_for(2 * n * k, free_memory() // 4) - 1):
         dense.append((0.1 * torch.randn(n, k, device=device)).to(problem.dtype))
     timers["dense"] = GraphTimer([partial(torch.nn.functional.linear, x, weight) for weight in dense])
     timings = interleaved(timers, rounds)
-    return {tile: timings[repr(tile)].median for tile in tiles}, timings["dense"].median
+    times, over = {tile: timings[repr(tile)].median for tile in tiles}, None
+    best = min(times, key=lambda tile: times[tile])
+    if pdl and best.family != "dequant":
+        both = interleaved({"alone": timers[repr(best)], "pdl": timer(replace(best, pdl=True))}, rounds)
+        over = both["pdl"].median / both["alone"].median
+    return times, timings["dense"].median, over
 
 
 def measure_int8_case(

@@ -22,6 +22,8 @@ __all__ = ["CHIPS", "Chip", "Prediction", "predict", "predict_dense", "predict_i
 
 LAUNCH = 2.0e-6
 """Seconds per kernel within a CUDA graph, ramp up and down included (research: 2 to 2.5 us)."""
+PDL_LAUNCH = 1.0e-6
+"""The same where a launch begins while the one before ends (lowbit_kernels/overlap.py): a guess."""
 LATENCY = 0.8e-6
 """Seconds from a request to memory to its data, under load."""
 REDUCTION = 1.5e-6
@@ -114,8 +116,9 @@ def predict(tile: Tile, problem: Problem, chip: Chip) -> Prediction:
     # fewer programs than multiprocessors leave their instruction and tensor units idle
     used = min(1.0, programs / chip.multiprocessors)
     work = max(memory, issue / used, tensor / used) / busy
+    launch = PDL_LAUNCH if tile.pdl else LAUNCH
     reduction = REDUCTION + 8 * tile.split_k * padded_m * n / chip.bandwidth if tile.split_k > 1 else 0.0
-    return _prediction(work + LAUNCH + reduction, memory, issue / used, tensor / used, moved)
+    return _prediction(work + launch + reduction, memory, issue / used, tensor / used, moved)
 
 
 def predict_dense(problem: Problem, chip: Chip) -> Prediction:
@@ -126,13 +129,14 @@ def predict_dense(problem: Problem, chip: Chip) -> Prediction:
     return _prediction(max(memory, tensor) + LAUNCH, memory, 0.0, tensor, moved)
 
 
-def predict_int8(problem: Problem, chip: Chip, family: str = "triton") -> Prediction:
+def predict_int8(problem: Problem, chip: Chip, family: str = "triton", *, pdl: bool = False) -> Prediction:
     """W8A8: one kernel that quantizes the activations, one int8 matmul."""
     m, n, k = problem.m, problem.n, problem.k
-    quantizing = 3.0 * m * k / chip.bandwidth + LAUNCH
+    launch = PDL_LAUNCH if pdl else LAUNCH
+    quantizing = 3.0 * m * k / chip.bandwidth + launch
     moved = n * k + m * k + 2.0 * m * n
     memory, tensor = moved / chip.bandwidth, 2 * m * n * k / (INT8_EFFICIENCY[family] * chip.int8_tops * 1e12)
-    return _prediction(max(memory, tensor) + LAUNCH + quantizing, memory, 0.0, tensor, moved)
+    return _prediction(max(memory, tensor) + launch + quantizing, memory, 0.0, tensor, moved)
 
 
 def _predict_scaled(tile: Tile, moved: float, problem: Problem, chip: Chip) -> Prediction:
@@ -148,13 +152,14 @@ def _predict_scaled(tile: Tile, moved: float, problem: Problem, chip: Chip) -> P
     issue = taken * tile.block_n * 128 * SLOTS_PER_WEIGHT[problem.bits] / (4 * 32 * chip.clock)
     again = count * cdiv(k, 128) * (tile.block_m * 256 + tile.block_n * 16 * problem.bits)
     memory = max(moved / chip.bandwidth, again / (L2_OVER_MEMORY * chip.bandwidth))
-    seconds = max(memory, issue, tensor) + LAUNCH
+    launch = PDL_LAUNCH if tile.pdl else LAUNCH
+    seconds = max(memory, issue, tensor) + launch
     if share > 1:  # sums of a tile are stored by each and read by one
         seconds += REDUCTION + (1 + share) * 4 * tile.block_m * tile.block_n / (
             L2_OVER_MEMORY * chip.bandwidth / chip.multiprocessors
         )
     if problem.group_size != -1 or problem.dtype == torch.bfloat16:
-        seconds += LAUNCH + 4.0 * m * k * (problem.dtype == torch.bfloat16) / chip.bandwidth
+        seconds += launch + 4.0 * m * k * (problem.dtype == torch.bfloat16) / chip.bandwidth
     return _prediction(seconds, memory, issue, tensor, moved)
 
 

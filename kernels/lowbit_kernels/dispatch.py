@@ -7,9 +7,10 @@ scripts/tune on that GPU, or ``"predicted"`` by a model (eval/gpu_check/tune_mod
      "chip": {"multiprocessors": 132, "bandwidth_gbs": 4300, "tflops": 790},
      "rows": [{"bits": 4, "group": null, "n": null, "k": null, "m": 16, "tile": ["triton", 16, 64, 0, 4, 4]}, ...]}
 
-W8A8 has ``"int8_rows": [{"n": 8192, "k": 8192, "m": 16, "tile": [16, 64, 256, 0, 4, 4]}, ...]`` in the same order where
-it was measured: block_m, block_n, block_k, split_k, num_warps, num_stages, and "gluon" where it is of that family
-(int8_tiles.py, which has a rule besides).
+``"pdl": true`` stands where fused kernels were measured to be faster when each begins while the one before ends
+(overlap.py). W8A8 has ``"int8_rows": [{"n": 8192, "k": 8192, "m": 16, "tile": [16, 64, 256, 0, 4, 4]}, ...]`` in the
+same order where it was measured: block_m, block_n, block_k, split_k, num_warps, num_stages, and "gluon" where it is of
+that family (int8_tiles.py, which has a rule besides).
 
 A row's null stands for any; ``m`` is the largest number of tokens that the row is for. Rows with the same bits, group,
 n and k are a *series*, in rising order of m, the last one for any m. A problem takes the series of the nearest shape
@@ -28,7 +29,19 @@ from pathlib import Path
 from typing import Any
 
 from .scaled_plan import steps_taken
-from .tiles import FAMILIES, HOPPER, Problem, Tile, cdiv, fits, shared_bytes, shared_limit, step_columns, why_not
+from .tiles import (
+    FAMILIES,
+    HOPPER,
+    PDL_ARCH,
+    Problem,
+    Tile,
+    cdiv,
+    fits,
+    shared_bytes,
+    shared_limit,
+    step_columns,
+    why_not,
+)
 
 __all__ = [
     "INVARIANT_TOKENS",
@@ -42,6 +55,7 @@ __all__ = [
     "shape_distance",
     "table_for",
     "tables",
+    "uses_pdl",
 ]
 
 INVARIANT_TOKENS = 16
@@ -54,7 +68,7 @@ SHARE_STEPS = 2.5
 ANY_SHAPE = 2.0
 """Distance, in powers of two of n and k together, at which a series for any shape is nearer than a measured one."""
 _KEYS = {"version", "gpu", "arch", "source", "about", "chip", "rows"}
-_OPTIONAL = {"int8_rows"}
+_OPTIONAL = {"int8_rows", "pdl"}
 
 
 @dataclass(frozen=True)
@@ -89,6 +103,7 @@ class Table:
     multiprocessors: int
     series: Mapping[tuple[int, int | None, int | None, int | None], tuple[Row, ...]]
     int8: Mapping[tuple[int | None, int | None], tuple[Int8Row, ...]] = field(default_factory=dict)
+    pdl: bool = False
 
 
 def choose(
@@ -160,6 +175,12 @@ def table_for(arch: int, gpu_name: str | None = None) -> Table:
     return general[max(older) if older else min(general)]
 
 
+@lru_cache(maxsize=64)  # a launch asks every time
+def uses_pdl(arch: int, gpu_name: str | None = None) -> bool:
+    """Whether fused kernels are launched to begin while the one before ends: its table says so, and the GPU can."""
+    return arch >= PDL_ARCH and table_for(arch, gpu_name).pdl
+
+
 @lru_cache(maxsize=1)
 def tables() -> Mapping[str, Table]:
     """Every shipped table by its ``gpu``. ValueError when a file is not what the module's docstring says."""
@@ -180,11 +201,15 @@ def parse_table(content: Any, name: str) -> Table:
             for any m. ``name`` is the file's, for the message.
     """
     if not isinstance(content, dict) or set(content) - _OPTIONAL != _KEYS or content["version"] != 1:
-        raise ValueError(f"{name}: a table has exactly the keys {sorted(_KEYS)}, maybe int8_rows, and version 1")
+        raise ValueError(
+            f"{name}: a table has exactly the keys {sorted(_KEYS)}, maybe {sorted(_OPTIONAL)}, and version 1"
+        )
     if content["source"] not in ("measured", "predicted") or not content["about"]:
         raise ValueError(
             f"{name}: source must be 'measured' or 'predicted', with an 'about', got {content['source']!r}"
         )
+    if not isinstance(content.get("pdl", False), bool):
+        raise ValueError(f"{name}: pdl must be true or false, got {content['pdl']!r}")
     multiprocessors = content["chip"].get("multiprocessors")
     if not _natural(content["arch"]) or not _natural(multiprocessors):
         raise ValueError(f"{name}: arch and chip.multiprocessors must be positive integers")
@@ -203,7 +228,8 @@ def parse_table(content: Any, name: str) -> Table:
     for bits in (2, 4, 8):
         if (bits, None, None, None) not in series:
             raise ValueError(f"{name}: no series for {bits} bits, any group and any shape")
-    return Table(content["gpu"], content["arch"], content["source"], multiprocessors, series, int8)
+    pdl = content.get("pdl", False)
+    return Table(content["gpu"], content["arch"], content["source"], multiprocessors, series, int8, pdl)
 
 
 def _append(series: dict[Any, tuple[Any, ...]], key: Any, row: Row | Int8Row, where: str) -> None:
@@ -274,7 +300,9 @@ def _choose(problem: Problem, arch: int, gpu_name: str | None, fused_only: bool,
         tile = next(row.tile for row in reversed(rows) if row.tile.family != "dequant")
     if tile.family in HOPPER and (arch != 90 or not aligned):
         tile = replace(tile, family="triton") if tile.family == "gluon" or fused_only else Tile("dequant", 1, 16)
-    return _fitted(tile, key[2:] == (problem.n, problem.k), problem, arch, table.multiprocessors, fused_only)
+    same_shape = key[2:] == (problem.n, problem.k)
+    found = _fitted(tile, same_shape, problem, arch, table.multiprocessors, fused_only)
+    return replace(found, pdl=found.family != "dequant" and uses_pdl(arch, gpu_name))
 
 
 def _distance(key: tuple[int, int | None, int | None, int | None], problem: Problem) -> float:

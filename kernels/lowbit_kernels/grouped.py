@@ -161,7 +161,7 @@ def grouped_matmul(
         group_size: 32, 64, 128, or -1 for the whole row.
         n: rows of each weight: those of ``tiles`` are padded.
         slots: ``(E,)`` int32, where not every expert has a weight here.
-        tile: of the ``triton`` family, without split_k; None takes :func:`grouped_tile`'s.
+        tile: of the ``triton`` family, without split_k and pdl; None takes :func:`grouped_tile`'s.
         batch_invariant: choose the tile without regard to M.
 
     Returns:
@@ -177,8 +177,8 @@ def grouped_matmul(
     if tile is None:
         tile = grouped_tile(problem, ends.shape[0], arch, batch_invariant=batch_invariant)
     reason = why_not(tile, problem, arch)
-    if reason is None and (tile.family != "triton" or tile.split_k != 1):
-        reason = "experts share the grid: family triton and split_k 1"
+    if reason is None and (tile.family != "triton" or tile.split_k != 1 or tile.pdl):
+        reason = "experts share the grid: family triton, split_k 1 and no pdl"
     if reason is not None:
         raise ValueError(f"{tile} cannot run {problem} on sm_{arch}: {reason}")
     out = torch.empty(problem.m, n, dtype=x.dtype, device=x.device)

@@ -29,7 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cases import CompileCase
+from .cases import ARCHITECTURES, CompileCase
+from .overlap import launch_options, let_next_begin, wait_for_previous
 from .tiles import cdiv
 
 __all__ = ["compile_cases", "to_halves", "widen"]
@@ -121,9 +122,13 @@ def to_halves_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """A token, or BLOCK_ROWS rows, per program."""
     program = tl.program_id(0)
+    if PDL:
+        let_next_begin()
+        wait_for_previous()
     if program < TOKENS:
         _narrow_token(x_ptr, x16_ptr, tokens_ptr, program, PADDED, K, TOKEN_EXPONENT, BLOCK_K)
     else:
@@ -158,7 +163,7 @@ def widen_kernel(
 
 
 def to_halves(
-    x: Tensor | None, scales: Tensor, bits: int, *, fp32_sums: bool
+    x: Tensor | None, scales: Tensor, bits: int, *, fp32_sums: bool, pdl: bool = False
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """``(x16, token_factors, row_factors)`` of activations ``x (M, K)`` and a weight's scales ``(G, N)``: one launch.
 
@@ -166,6 +171,7 @@ def to_halves(
 
     Args:
         fp32_sums: the sums are never rounded to float16, so x and weights may take all of its range (ROOM).
+        pdl: launched to begin while the kernel before ends (overlap.py).
     """
     groups, n = scales.shape
     m, k = (0, 1) if x is None else x.shape
@@ -176,7 +182,7 @@ def to_halves(
     constants = _constants(k, groups, bits, fp32_sums)
     to_halves_kernel[(m + cdiv(n, constants["BLOCK_ROWS"]),)](
         scales if x is None else x, rows if x16 is None else x16, rows if tokens is None else tokens, scales, rows,
-        TOKENS=m, PADDED=padded, N=n, **constants, num_warps=_warps(k),
+        TOKENS=m, PADDED=padded, N=n, **constants, PDL=pdl, num_warps=_warps(k), **launch_options(pdl),
     )  # fmt: skip
     return x16, tokens, rows
 
@@ -215,7 +221,7 @@ def _warps(k: int) -> int:
 
 
 def compile_cases() -> list[CompileCase]:
-    """The two kernels as bf16 activations take them, for a short and a long K."""
+    """The two kernels as bf16 activations take them, for ``dequant`` and, with a long K, for ``scaled``."""
     pointers = {"x_ptr": "bf16", "x16_ptr": "fp16", "tokens_ptr": "fp32", "scales_ptr": "bf16", "rows_ptr": "fp32"}
     blocks = {"HAS_BIAS": True, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
     return [
@@ -225,8 +231,9 @@ def compile_cases() -> list[CompileCase]:
                 to_halves_kernel,
                 pointers,
                 ("TOKENS", "PADDED", "N"),
-                _constants(k, k // 128, 4, sums),
+                {**_constants(k, k // 128, 4, sums), "PDL": sums},
                 _warps(k),
+                (90,) if sums else ARCHITECTURES,
             )
             for k, sums in ((4096, False), (28672, True))
         ),
@@ -248,6 +255,7 @@ def _case(
     integers: tuple[str, ...],
     constexprs: dict[str, int],
     warps: int,
+    archs: tuple[int, ...] = ARCHITECTURES,
 ) -> CompileCase:
     signature = {name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(integers, "i32")
     return CompileCase(
@@ -258,5 +266,6 @@ def _case(
         divisible=(*pointers, *integers),
         options={"num_warps": warps},
         kind=name.split()[0],
+        archs=archs,
         wide_copies=False,
     )

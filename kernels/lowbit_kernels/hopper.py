@@ -20,6 +20,7 @@ Importing this module needs no GPU and no Gluon; :func:`hopper_matmul` needs bot
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from .cases import CompileCase
 from .checks import check_arguments
 from .epilogue import workspace
 from .hopper_plan import gluon_shared_bytes, reps
+from .overlap import launch_options
 from .tiles import Problem, Tile, cdiv, why_not
 
 __all__ = [
@@ -140,6 +142,7 @@ def _launch(
         partials, counters = workspace(count * consumers, tile.split_k, block, x.device)
     hopper_kernel[(count, tile.split_k)](
         *descriptors(x, tiles, scales, zeros, problem, tile),
+        tiles,
         scales,
         scales if zeros is None else zeros,
         scales if bias is None else bias,
@@ -151,6 +154,7 @@ def _launch(
         K=problem.k,
         **constexprs,
         **_options(tile),
+        **launch_options(tile.pdl),
     )
 
 
@@ -262,6 +266,7 @@ def _constants(problem: Problem, tile: Tile, has_bias: bool) -> dict[str, Any]:
         "CONSUMER_REGISTERS": 240,
         "UNIT": unit,
         "WORDS": words,
+        "PDL": tile.pdl,
     }
 
 
@@ -273,6 +278,7 @@ def compile_case(tile: Tile, problem: Problem) -> CompileCase:
     constexprs = _constants(problem, tile, has_bias=True)
     name = NAMES[problem.dtype]
     pointers = {
+        "tiles_ptr": "i32",
         "scales_ptr": name,
         "zeros_ptr": "u8" if problem.asymmetric else name,
         "bias_ptr": name,
@@ -328,7 +334,7 @@ def compile_cases() -> list[CompileCase]:
         (grouped, 4, 64, bf16, True),
         (grouped, 4, 32, bf16, True),
         (few, 4, 32, fp16, False),
-        (few, 4, 32, bf16, True),
+        (replace(few, pdl=True), 4, 32, bf16, True),
         (eight, 8, 128, bf16, False),
         (eight, 8, 128, bf16, True),
         (eight, 8, 128, fp16, True),

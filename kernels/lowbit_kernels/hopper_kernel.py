@@ -41,7 +41,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import hopper_plan
-from .hopper_ring import fill_slot, piece_fragment, piece_words, rows_of, runs_of_step, slot_of, slot_phase, store_rows
+from .hopper_ring import (
+    fill_slot,
+    let_next_begin,
+    piece_fragment,
+    piece_words,
+    prefetch_weight,
+    rows_of,
+    runs_of_step,
+    slot_of,
+    slot_phase,
+    store_rows,
+    wait_for_previous,
+)
 
 __all__ = ["hopper_kernel"]
 
@@ -211,6 +223,7 @@ def hopper_kernel(
     w_desc,  # (ceil(N / 16), 8 * units along K, 32) int32 in blocks of (BLOCK_N / 16, 8 * UNITS, 32)
     s_desc,  # (G * N,) scales in blocks of BLOCK_N
     z_desc,  # (G * N,) zeros likewise; the scales' again unless HAS_ZEROS
+    tiles_ptr,  # the words again, to prefetch them if PDL
     scales_ptr,  # (G, N); read only when GROUP is -1
     zeros_ptr,  # (G, N) likewise, unused unless HAS_ZEROS
     bias_ptr,  # (N,), unused unless HAS_BIAS
@@ -233,6 +246,7 @@ def hopper_kernel(
     CONSUMER_REGISTERS: gl.constexpr,
     UNIT: gl.constexpr,
     WORDS: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     """Columns [split] of one (BLOCK_M, CONSUMERS * REPS * 64) tile of out per program; num_warps is 4."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16])
@@ -259,6 +273,10 @@ def hopper_kernel(
     token, row = tile % tiles_m * BLOCK_M, tile // tiles_m * BLOCK_N
     begin = _first_step(split, K, SPLIT_K)
     steps = _first_step(split + 1, K, SPLIT_K) - begin
+    if PDL:
+        let_next_begin()
+        prefetch_weight(tiles_ptr, scales_ptr, zeros_ptr, row, begin, N, K, UNITS, GROUP, HAS_ZEROS, BLOCK_N)
+        wait_for_previous()
     # tuples of constexpr are written out in place: a variable would turn them into tensors
     if CONSUMERS == 1:
         gl.warp_specialize([

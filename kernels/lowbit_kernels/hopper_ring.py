@@ -1,5 +1,7 @@
 """The ring in shared memory of hopper_kernel.py and scaled_kernel.py: filling and reading it; how results are stored.
 
+How these kernels, and int8_hopper_kernel.py's, begin before the one before them has ended: overlap.py.
+
 A slot holds a step of 128 columns: x (BLOCK_M, 128), BITS / 4 units of each 16 weight rows, scales and zeros of every
 run of columns with a scale of its own (none when one scale is for the whole row). hopper_kernel.py says why this is
 free of races. Importing this needs triton.experimental.gluon.
@@ -18,13 +20,17 @@ from .hopper_operand import centre_of, factor_of, fragment_of, load_words
 
 __all__ = [
     "fill_slot",
+    "let_next_begin",
     "piece_fragment",
     "piece_words",
+    "prefetch",
+    "prefetch_weight",
     "rows_of",
     "runs_of_step",
     "slot_of",
     "slot_phase",
     "store_rows",
+    "wait_for_previous",
 ]
 
 runs_of_step = gluon.constexpr_function(hopper_plan.runs_of_step)
@@ -117,3 +123,52 @@ def store_rows(values, out_ptr, token, first, M, N):
     tokens = token + gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, LAYOUT))
     ptrs = out_ptr + tokens.to(gl.int64)[None, :] * N + rows[:, None]
     gl.store(ptrs, out, mask=(rows < N)[:, None] & (tokens < M)[None, :])
+
+
+@gluon.jit
+def let_next_begin():
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def wait_for_previous():
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait; mov.b32 $0, 0;", "=r,~{memory}", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def prefetch(
+    ptr, first_row, last_row, stride, first_column, last_column, ROWS: gl.constexpr, BYTES: gl.constexpr
+):  # fmt: skip
+    """overlap.py's, by the four warps that a program begins with."""
+    LINES: gl.constexpr = max(1, BYTES // 128)
+    LINE: gl.constexpr = 128 * 8 // ptr.dtype.element_ty.primitive_bitwidth
+    ACROSS: gl.constexpr = min(LINES, 32)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [32 // ACROSS, ACROSS], [4, 1], [1, 0])
+    rows = gl.minimum(first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)), last_row).to(gl.int64)
+    columns = gl.minimum(first_column + gl.arange(0, LINES, layout=gl.SliceLayout(0, LAYOUT)) * LINE, last_column)
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptr + rows[:, None] * stride + columns[None, :]],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def prefetch_weight(
+    tiles_ptr, scales_ptr, zeros_ptr, row, step, N, K, UNITS: gl.constexpr, GROUP: gl.constexpr,
+    HAS_ZEROS: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """What a program reads of the weight in its first steps of 128 columns, UNITS units each, from ``step`` on."""
+    units = gl.cdiv(K * UNITS, 128)
+    prefetch(
+        tiles_ptr, row // 16, gl.cdiv(N, 16) - 1, units * 256, step * UNITS * 256, units * 256 - 1, BLOCK_N // 16, 4096
+    )
+    RUNS: gl.constexpr = runs_of_step(GROUP)
+    WIDTH: gl.constexpr = scales_ptr.dtype.element_ty.primitive_bitwidth // 8
+    if RUNS > 0:
+        prefetch(scales_ptr, step * RUNS, K // GROUP - 1, N, row, N - 1, 4 * RUNS, BLOCK_N * WIDTH)
+        if HAS_ZEROS:
+            prefetch(zeros_ptr, step * RUNS, K // GROUP - 1, N, row, N - 1, 4 * RUNS, BLOCK_N)

@@ -33,10 +33,12 @@ from torch import Tensor
 
 from .cases import ARCHITECTURES, CompileCase
 from .checks import FLOATS, check_device, check_tensor
+from .dispatch import uses_pdl
 from .epilogue import last_to_arrive, store_tile, tile_origin, workspace
 from .int8_product import int8_product, scaled
 from .int8_quantize import quantize_activations
 from .int8_tiles import TILES, Int8Tile, largest_k, pick_tile, shared_bytes, why_not
+from .overlap import launch_options, let_next_begin, prefetch, wait_for_previous
 from .tiles import cdiv
 from .weight_only import device_arch, gpu_name
 
@@ -80,10 +82,16 @@ def _int8_matmul_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Columns [split] of one (BLOCK_M, BLOCK_N) tile of out per program."""
     tile, split = tl.program_id(0), tl.program_id(1)
     token, row = tile_origin(tile, M, N, BLOCK_M, BLOCK_N)
+    if PDL:
+        let_next_begin()
+        begin = split * ((K + BLOCK_K * SPLIT_K - 1) // (BLOCK_K * SPLIT_K)) * BLOCK_K
+        prefetch(w_ptr, row, N - 1, K, begin, K - 1, BLOCK_N, 512)
+        wait_for_previous()
     acc = int8_product(x_ptr, w_ptr, token, row, M, split, N, K, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, STAGES)
     if SPLIT_K == 1:
         out = scaled(acc, x_scale_ptr, w_scale_ptr, zero_ptr, sums_ptr, token, row, M, N, HAS_ZEROS)
@@ -168,8 +176,10 @@ def int8_matmul(
             M=m,
             N=n,
             **int8_constants(k, tile, w_zero is not None, bias is not None),
+            PDL=tile.pdl,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            **launch_options(tile.pdl),
         )
     return out
 
@@ -181,17 +191,21 @@ def int8_linear(
     w_zero: Tensor | None,
     input_scale: Tensor | None,
     bias: Tensor | None,
+    *,
+    tile: Int8Tile | None = None,
 ) -> Tensor:
     """Quantize x (M, K) fp16, bf16 or fp32 and multiply: two launches. ``(M, N)`` in x's dtype.
 
     Args:
         input_scale: the static per-tensor scale (one element), or None for one scale per token.
+        tile: the matmul's; None takes :func:`~lowbit_kernels.int8_tiles.pick_tile`'s.
 
     Raises:
         ValueError: as for the two functions.
     """
-    x_q, x_scale, row_sums = quantize_activations(x, input_scale, sums=w_zero is not None)
-    return int8_matmul(x_q, x_scale, w_q, w_scale, bias, out_dtype=x.dtype, w_zero=w_zero, row_sums=row_sums)
+    pdl = uses_pdl(device_arch(x.device), gpu_name(x.device)) if tile is None else tile.pdl
+    x_q, x_scale, row_sums = quantize_activations(x, input_scale, sums=w_zero is not None, pdl=pdl)
+    return int8_matmul(x_q, x_scale, w_q, w_scale, bias, out_dtype=x.dtype, w_zero=w_zero, row_sums=row_sums, tile=tile)
 
 
 def int8_constants(k: int, tile: Int8Tile, has_zeros: bool, has_bias: bool) -> dict[str, Any]:
@@ -246,7 +260,7 @@ def compile_cases() -> list[CompileCase]:
     """Every tile once, alone and shared, and for one of them each kind of weight and result."""
     few, many = TILES[0], TILES[-1]
     cases = [compile_case(tile, "bf16", 1, False) for tile in TILES]
-    cases += [compile_case(few, "bf16", 4, False), compile_case(few, "fp16", 4, True)]
+    cases += [compile_case(few, "bf16", 4, False), compile_case(replace(few, pdl=True), "fp16", 4, True)]
     cases += [compile_case(many, "fp16", 1, True)]
     return cases
 
@@ -254,7 +268,7 @@ def compile_cases() -> list[CompileCase]:
 def compile_case(tile: Int8Tile, name: str, split_k: int, asymmetric: bool) -> CompileCase:
     """A compilation of this file's kernel, for all that may run it; grouped_int8.py changes what is different there."""
     tile = replace(tile, split_k=split_k)
-    constexprs = int8_constants(4096, tile, asymmetric, True)
+    constexprs = {**int8_constants(4096, tile, asymmetric, True), "PDL": tile.pdl}
     pointers = {
         "x_ptr": "i8",
         "w_ptr": "i8",

@@ -9,6 +9,7 @@ Importing this needs no GPU and no Gluon; :func:`launch` needs both.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .cases import CompileCase
 from .epilogue import workspace
 from .hopper import gluon_language
 from .int8_tiles import HOPPER_TILES, Int8Tile, shared_bytes
+from .overlap import launch_options
 from .scaled import multiprocessors
 from .scaled_plan import schedule
 from .tiles import cdiv
@@ -61,6 +63,7 @@ def launch(
     floats, counters = workspace(2 * programs, 1, 128 * tile.block_m if shared else 1, x_q.device)
     int8_hopper_kernel[(programs,)](
         *descriptors,
+        w_q,
         x_scale,
         w_scale,
         x_q if w_zero is None else w_zero,
@@ -75,11 +78,18 @@ def launch(
         sharers=sharers,
         **_constants(tile, w_zero is not None, bias is not None),
         num_warps=4,
+        **launch_options(tile.pdl),
     )
 
 
 def _constants(tile: Int8Tile, has_zeros: bool, has_bias: bool) -> dict[str, Any]:
-    return {"HAS_ZEROS": has_zeros, "HAS_BIAS": has_bias, "BLOCK_M": tile.block_m, "STAGES": tile.num_stages}
+    return {
+        "HAS_ZEROS": has_zeros,
+        "HAS_BIAS": has_bias,
+        "BLOCK_M": tile.block_m,
+        "STAGES": tile.num_stages,
+        "PDL": tile.pdl,
+    }
 
 
 def _blocks(tile: Int8Tile) -> list[tuple[tuple[int, ...], Any]]:
@@ -99,6 +109,7 @@ def compile_case(tile: Int8Tile, name: str, asymmetric: bool) -> CompileCase:
         for key, (shape, layout) in zip(("x_desc", "w_desc"), _blocks(tile), strict=True)
     }
     pointers = {
+        "w_ptr": "i8",
         "x_scale_ptr": "fp32",
         "w_scale_ptr": name,
         "zero_ptr": "i8",
@@ -130,4 +141,5 @@ def compile_case(tile: Int8Tile, name: str, asymmetric: bool) -> CompileCase:
 
 def compile_cases() -> list[CompileCase]:
     """Every tile, and the widest with zeros. A float32 result is not claimed: it spills three words per tile."""
-    return [*(compile_case(tile, "bf16", False) for tile in HOPPER_TILES), compile_case(HOPPER_TILES[-1], "fp16", True)]
+    widest = replace(HOPPER_TILES[-1], pdl=True)
+    return [*(compile_case(tile, "bf16", False) for tile in HOPPER_TILES), compile_case(widest, "fp16", True)]

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_ring import slot_of, slot_phase, store_rows
+from .hopper_ring import let_next_begin, prefetch, slot_of, slot_phase, store_rows, wait_for_previous
 from .shared_tiles import banded_tile, last_of, segment_of, segments_of, sum_of
 
 __all__ = ["int8_hopper_kernel"]
@@ -171,6 +171,7 @@ def _warpgroup(
 def int8_hopper_kernel(
     x_desc,  # (M, K) int8 in blocks of (BLOCK_M, 128)
     w_desc,  # (N, K) int8 in blocks of (128, 128)
+    w_ptr,  # the weight again, to prefetch it if PDL
     x_scale_ptr,  # (M,) fp32
     w_scale_ptr,  # (N,)
     zero_ptr,  # (N,) int8, unused unless HAS_ZEROS
@@ -187,6 +188,7 @@ def int8_hopper_kernel(
     HAS_BIAS: gl.constexpr,
     BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     """All segments of one of gl.num_programs(0) programs; num_warps is 4."""
     # triton 3.6 knows products of bytes with up to 224 tokens: 256 are two
@@ -200,6 +202,13 @@ def int8_hopper_kernel(
         mbarrier.init(full.index(s), count=1)
         mbarrier.init(empty.index(s), count=2)
     fence_async_shared()
+    if PDL:
+        let_next_begin()
+        p, programs, tiles_m, tiles_n = gl.program_id(0), gl.num_programs(0), gl.cdiv(M, BLOCK_M), gl.cdiv(N, 128)
+        tile, first, _ = segment_of(p, 0, programs, tiles_m * tiles_n, gl.cdiv(K, 128), sharers)
+        _, row_tile = banded_tile(tile, tiles_m, tiles_n)
+        prefetch(w_ptr, row_tile * 128, N - 1, K, first * 128, K - 1, 128, 512)
+        wait_for_previous()
     # tuples of constexpr are written out in place: a variable would turn them into tensors
     gl.warp_specialize([
         (_produce, (x_desc, w_desc, x_ring, w_ring, full, empty, M, N, K, sharers, STAGES, BLOCK_M)),

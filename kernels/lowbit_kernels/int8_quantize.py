@@ -28,6 +28,9 @@ from torch import Tensor
 
 from .cases import CompileCase
 from .checks import FLOATS, check_device
+from .overlap import launch_options, let_next_begin, wait_for_previous
+from .tiles import PDL_ARCH
+from .weight_only import device_arch
 
 __all__ = ["compile_cases", "quantize_activations", "quantize_activations_reference"]
 
@@ -65,8 +68,12 @@ def _quantize_kernel(
     STATIC: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     HAS_SUMS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One token per program."""
+    if PDL:
+        let_next_begin()
+        wait_for_previous()
     INFINITY: tl.constexpr = float("inf")
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * K
@@ -136,7 +143,7 @@ def quantize_activations_reference(x: Tensor, static: Tensor | None = None) -> t
 
 
 def quantize_activations(
-    x: Tensor, static: Tensor | None = None, *, sums: bool = False
+    x: Tensor, static: Tensor | None = None, *, sums: bool = False, pdl: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``(x_q, x_scale, row_sums or None)`` for activations x (M, K); see the module's table.
 
@@ -144,10 +151,11 @@ def quantize_activations(
         static: the per-tensor scale, one element on x's device (it is read on the device: nothing waits), or (M,) given
             scales, where tokens go to different layers; None: one scale per token, of its own numbers.
         sums: whether to compute row_sums.
+        pdl: launched to begin while the kernel before it on the stream ends (overlap.py); sm_90 and newer.
 
     Raises:
         ValueError: x is not a contiguous (M, K) of at least one column on a CUDA device (or on the CPU under
-            ``TRITON_INTERPRET=1``), or static is neither one element nor (M,) beside it.
+            ``TRITON_INTERPRET=1``), static is neither one element nor (M,) beside it, or pdl on a GPU without it.
     """
     if x.ndim != 2 or x.shape[1] < 1 or x.dtype not in FLOATS or not x.is_contiguous():
         raise ValueError(
@@ -160,6 +168,8 @@ def quantize_activations(
             f"static must be one element or (M,) in one of {FLOATS} on {x.device}, "
             f"got {tuple(static.shape)} {static.dtype} on {static.device}"
         )
+    if pdl and device_arch(x.device) < PDL_ARCH:
+        raise ValueError(f"programmatic dependent launch needs sm_{PDL_ARCH}, got sm_{device_arch(x.device)}")
     m, k = x.shape
     x_q = torch.empty(m, k, dtype=torch.int8, device=x.device)
     x_scale = torch.empty(m, dtype=torch.float32, device=x.device)
@@ -174,7 +184,9 @@ def quantize_activations(
             x_scale,
             x_scale if row_sums is None else row_sums,
             **_constants(k, static is not None, sums, per_token=static is not None and static.numel() > 1),
+            PDL=pdl,
             **_options(k),
+            **launch_options(pdl),
         )
     return x_q, x_scale, row_sums
 
@@ -201,7 +213,7 @@ def compile_cases() -> list[CompileCase]:
         (14336, True, True, "bf16", False),
         (2048, True, False, "bf16", True),
     ):
-        constexprs = _constants(k, static, sums, per_token=per_token)
+        constexprs = {**_constants(k, static, sums, per_token=per_token), "PDL": False}
         pointers = {"x_ptr": dtype, "static_ptr": dtype, "q_ptr": "i8", "scale_ptr": "fp32", "sums_ptr": "i32"}
         cases.append(
             CompileCase(

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from .dispatch import Int8Row, fill_shares, shape_distance, table_for
-from .tiles import MAX_SPLIT_TILES, MIN_ARCH, cdiv, shared_limit
+from .dispatch import Int8Row, Table, fill_shares, shape_distance, table_for, uses_pdl
+from .tiles import MAX_SPLIT_TILES, MIN_ARCH, PDL_ARCH, cdiv, shared_limit
 
 __all__ = [
     "HOPPER_TILES",
@@ -42,6 +42,7 @@ class Int8Tile:
         num_stages: steps along K whose loads are in flight, at least 1.
         family: ``triton``, or ``gluon`` for sm_90 (int8_hopper.py), where split_k is how many programs share a tile of
             the last round, in the mean.
+        pdl: launched to begin while the kernel before it on the stream ends (overlap.py); sm_90 and newer.
     """
 
     block_m: int
@@ -51,6 +52,7 @@ class Int8Tile:
     num_warps: int = 4
     num_stages: int = 4
     family: str = "triton"
+    pdl: bool = False
 
 
 TILES = (
@@ -90,6 +92,8 @@ def why_not(tile: Int8Tile, m: int, n: int, k: int, arch: int) -> str | None:
         return f"sm_{arch} has no int8 tensor cores that Triton supports (sm_75 and newer)"
     if tile.family not in ("triton", "gluon"):
         return f"family must be triton or gluon, got {tile.family!r}"
+    if tile.pdl and arch < PDL_ARCH:
+        return f"programmatic dependent launch needs sm_{PDL_ARCH}, got sm_{arch}"
     reason = (_gluon_why_not if tile.family == "gluon" else _triton_why_not)(tile, m, n, k, arch)
     if reason is None and shared_bytes(tile) > shared_limit(arch):
         return f"{shared_bytes(tile)} bytes of shared memory, sm_{arch} has {shared_limit(arch)}"
@@ -139,7 +143,10 @@ def pick_tile(m: int, n: int, k: int, arch: int, gpu_name: str | None = None, al
     """
     if arch < MIN_ARCH:
         raise ValueError(why_not(TILES[0], m, n, k, arch))
-    table = table_for(arch, gpu_name)
+    return replace(_picked(m, n, k, arch, table_for(arch, gpu_name), aligned), pdl=uses_pdl(arch, gpu_name))
+
+
+def _picked(m: int, n: int, k: int, arch: int, table: Table, aligned: bool) -> Int8Tile:
     multiprocessors = table.multiprocessors
     if table.int8:
         key = min(table.int8, key=lambda key: (shape_distance(key[0], key[1], n, k), repr(key)))

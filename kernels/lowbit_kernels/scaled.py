@@ -40,6 +40,7 @@ from .hopper import (
     integer_budget,
     register_layouts,
 )
+from .overlap import launch_options
 from .scaled_plan import scaled_blocks, scaled_shared_bytes, schedule
 from .tiles import Problem, Tile, cdiv
 
@@ -107,7 +108,8 @@ def _launch(
     constexprs = _constants(problem, tile, has_bias=bias is not None)
     x16, tokens, rows = x, scales, scales  # the last two: arguments that the kernel does not read
     if problem.group_size != -1 or constexprs["HAS_TOKENS"]:
-        narrow, factors, rows = to_halves(x if constexprs["HAS_TOKENS"] else None, scales, problem.bits, fp32_sums=True)
+        wide = x if constexprs["HAS_TOKENS"] else None
+        narrow, factors, rows = to_halves(wide, scales, problem.bits, fp32_sums=True, pdl=tile.pdl)
         if narrow is not None and factors is not None:
             x16, tokens = narrow, factors[1]
     count = cdiv(problem.m, tile.block_m) * cdiv(problem.n, tile.block_n)
@@ -115,6 +117,7 @@ def _launch(
     partials, counters = _workspace(programs, left if sharers > left else 0, tile, x.device)
     scaled_kernel[(programs,)](
         *descriptors(x16, tiles, scales, zeros, problem, tile),
+        tiles,
         scales,
         scales if zeros is None else zeros,
         rows,
@@ -129,6 +132,7 @@ def _launch(
         sharers=sharers,
         **constexprs,
         num_warps=4,
+        **launch_options(tile.pdl),
     )
 
 
@@ -168,6 +172,7 @@ def _constants(problem: Problem, tile: Tile, has_bias: bool) -> dict[str, Any]:
         "CONSUMER_REGISTERS": 232 if problem.group_size == 32 else 240,
         "UNIT": unit,
         "WORDS": words,
+        "PDL": tile.pdl,
     }
 
 
@@ -179,6 +184,7 @@ def compile_case(tile: Tile, problem: Problem) -> CompileCase:
     constexprs = _constants(problem, tile, has_bias=True)
     name = NAMES[problem.dtype]
     pointers = {
+        "tiles_ptr": "i32",
         "scales_ptr": name,
         "zeros_ptr": "u8" if problem.asymmetric else name,
         "rows_ptr": "fp32",
@@ -216,7 +222,7 @@ def compile_cases() -> list[CompileCase]:
     _, few, half, many = SHIPPED
     eight, few_eight = Tile("scaled", 128, 256, 1, 8, 3), Tile("scaled", 64, 256, 1, 8, 4)
     kinds: list[tuple[Tile, int, int, torch.dtype, bool]] = [
-        (many, 4, 128, fp16, True),
+        (replace(many, pdl=True), 4, 128, fp16, True),
         (many, 4, -1, bf16, True),
         (few, 4, 64, bf16, True),
         (eight, 4, 32, bf16, True),

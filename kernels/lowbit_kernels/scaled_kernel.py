@@ -29,7 +29,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_ring import fill_slot, piece_fragment, piece_words, runs_of_step, slot_of, slot_phase, store_rows
+from .hopper_ring import (
+    fill_slot,
+    let_next_begin,
+    piece_fragment,
+    piece_words,
+    prefetch_weight,
+    runs_of_step,
+    slot_of,
+    slot_phase,
+    store_rows,
+    wait_for_previous,
+)
 from .shared_tiles import banded_tile, last_of, segment_of, segments_of, sum_of
 
 __all__ = ["scaled_kernel"]
@@ -188,6 +199,7 @@ def scaled_kernel(
     w_desc,  # (ceil(N / 16), 8 * units along K, 32) int32 in blocks of (BLOCK_N / 16, 2 * BITS, 32)
     s_desc,  # (G * N,) scales in blocks of BLOCK_N
     z_desc,  # (G * N,) zeros likewise; the scales' again unless HAS_ZEROS
+    tiles_ptr,  # the words again, to prefetch them if PDL
     scales_ptr,  # (G, N); read only when GROUP is -1
     zeros_ptr,  # (G, N) likewise, unused unless HAS_ZEROS
     rows_ptr,  # (2, N) fp32: what the weights' rows are multiplied by, and its reciprocal; unused when GROUP is -1
@@ -212,6 +224,7 @@ def scaled_kernel(
     CONSUMER_REGISTERS: gl.constexpr,
     UNIT: gl.constexpr,
     WORDS: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     """All segments of one of gl.num_programs(0) programs; num_warps is 4."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16])
@@ -229,6 +242,15 @@ def scaled_kernel(
         mbarrier.init(full.index(s), count=1)
         mbarrier.init(empty.index(s), count=2)
     fence_async_shared()
+    if PDL:
+        let_next_begin()
+        p, programs, tiles_m, tiles_n = gl.program_id(0), gl.num_programs(0), gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N)
+        tile, first, _ = segment_of(p, 0, programs, tiles_m * tiles_n, gl.cdiv(K, 128), sharers)
+        _, row_tile = banded_tile(tile, tiles_m, tiles_n)
+        prefetch_weight(
+            tiles_ptr, scales_ptr, zeros_ptr, row_tile * BLOCK_N, first, N, K, BITS // 4, GROUP, HAS_ZEROS, BLOCK_N
+        )
+        wait_for_previous()
     # tuples of constexpr are written out in place: a variable would turn them into tensors
     gl.warp_specialize([
         (_produce, (

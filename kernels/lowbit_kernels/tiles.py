@@ -21,6 +21,7 @@ __all__ = [
     "HOPPER",
     "MAX_SPLIT_TILES",
     "MIN_ARCH",
+    "PDL_ARCH",
     "Problem",
     "Tile",
     "cdiv",
@@ -40,6 +41,8 @@ HOPPER = ("gluon", "scaled")
 """Families that synchronise by hand, for sm_90 alone."""
 MAX_SPLIT_TILES = 1 << 16
 """Output tiles that may be split along K: each takes a counter, of which a device has a fixed number (epilogue.py)."""
+PDL_ARCH = 90
+"""The first architecture with programmatic dependent launch."""
 MIN_ARCH = 75
 """Triton 3.6 compiles for sm_75, though without its tensor cores: ``dequant`` is the family for it. bf16: sm_80."""
 
@@ -89,6 +92,7 @@ class Tile:
             share one which is left after the last whole round of tiles, in the mean.
         num_warps: 1, 2, 4 or 8.
         num_stages: steps along K whose loads are in flight, at least 1.
+        pdl: launched to begin while the kernel before it on the stream ends (overlap.py); sm_90 and newer.
     """
 
     family: str
@@ -97,6 +101,7 @@ class Tile:
     split_k: int = 1
     num_warps: int = 4
     num_stages: int = 4
+    pdl: bool = False
 
 
 def cdiv(a: int, b: int) -> int:
@@ -150,6 +155,8 @@ def why_not(tile: Tile, problem: Problem, arch: int) -> str | None:
         return f"sm_{arch} has no tensor-core instruction for {problem.dtype} (float16 from sm_75, bfloat16 from sm_80)"
     if problem.bits not in BITS or problem.group_size not in GROUPS:
         return f"bits must be one of {BITS} and group_size one of {GROUPS}, got {problem.bits} and {problem.group_size}"
+    if tile.pdl and (arch < PDL_ARCH or tile.family == "dequant"):
+        return f"programmatic dependent launch needs a fused family and sm_{PDL_ARCH}, got {tile.family} on sm_{arch}"
     if tile.family == "dequant":
         return None
     if tile.family in HOPPER and arch != 90:

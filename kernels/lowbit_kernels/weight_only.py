@@ -41,6 +41,7 @@ from .checks import check_arguments
 from .epilogue import last_to_arrive, store_tile, sum_of_partials, tile_origin, workspace
 from .layout import from_tiles, tiles_shape
 from .operands import NO_SUMS, SUMS_BY_ADDS, SUMS_BY_DOT, SUMS_LOADED
+from .overlap import launch_options, let_next_begin, prefetch_weight, wait_for_previous
 from .product import tile_product
 from .run_sums import loaded_sums
 from .tiles import Problem, Tile, cdiv, run_columns, why_not
@@ -77,10 +78,18 @@ def weight_only_kernel(
     SPLIT_K: tl.constexpr,
     FOR_MMA: tl.constexpr,  # mma.sync, not wgmma or tcgen05
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Columns [split] of one (BLOCK_M, BLOCK_N) tile of out per program; one unit of every weight row per step."""
     tile, split = tl.program_id(0), tl.program_id(1)
     token, row = tile_origin(tile, M, N, BLOCK_M, BLOCK_N)
+    if PDL:
+        let_next_begin()
+        begin = split * ((UNITS + SPLIT_K - 1) // SPLIT_K)
+        prefetch_weight(
+            tiles_ptr, scales_ptr, zeros_ptr, row, begin, N, K, UNITS, BITS, GROUP, HAS_ZEROS, BLOCK_N
+        )  # fmt: skip
+        wait_for_previous()
     tokens_left = tl.minimum(M - token, BLOCK_M).to(tl.int32)
     acc = tile_product(
         x_ptr, tiles_ptr, scales_ptr, zeros_ptr, sums_ptr, token, row, tokens_left, split, M, N, K, UNITS, BITS, GROUP,
@@ -253,7 +262,9 @@ def _launch(
             M=m,
             N=n,
             **constexprs,
+            PDL=tile.pdl,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            **launch_options(tile.pdl),
         )
     return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .cases import ARCHITECTURES, CompileCase
-from .tiles import Problem, Tile, shared_bytes
+from .tiles import PDL_ARCH, Problem, Tile, shared_bytes
 from .weight_only import constants, weight_only_kernel
 
 __all__ = ["compile_case", "compile_cases"]
@@ -30,9 +30,12 @@ def compile_cases() -> list[CompileCase]:
         (Tile("triton", 32, 128, 2, 4, 3), (80, 86, 89, 120), kinds),
         (Tile("triton", 64, 128, 1, 8, 3), (80, 86, 89, 120), kinds),
     ]
+    overlapping = [
+        (Tile("triton", 8, 64, 4, 2, 4, pdl=True), tuple(a for a in ARCHITECTURES if a >= PDL_ARCH), kinds[1:2])
+    ]
     return [
         compile_case(tile, Problem(4 * tile.block_m, 4096, 8192, bits, group, dtype, asymmetric), archs)
-        for tile, archs, weights in shapes
+        for tile, archs, weights in shapes + overlapping
         for bits, group, dtype, asymmetric in weights
     ]
 
@@ -46,6 +49,7 @@ def compile_case(tile: Tile, problem: Problem, archs: tuple[int, ...] = (90,)) -
     constexprs = constants(problem, tile, archs[0], has_bias=True)
     if any(constants(problem, tile, arch, has_bias=True) != constexprs for arch in archs):
         raise ValueError(f"{tile} is not one compilation for all of {archs}")
+    constexprs = {**constexprs, "PDL": tile.pdl}
     name = {torch.float16: "fp16", torch.bfloat16: "bf16"}[problem.dtype]
     pointers = {
         "x_ptr": name,
@@ -61,13 +65,13 @@ def compile_case(tile: Tile, problem: Problem, archs: tuple[int, ...] = (90,)) -
     signature = {key: f"*{kind}" for key, kind in pointers.items()} | {"M": "i32", "N": "i32"}
     return CompileCase(
         name=f"{name} {problem.bits}b g{problem.group_size} {'asym' if problem.asymmetric else 'sym'} "
-        f"m{tile.block_m} n{tile.block_n} split{tile.split_k} w{tile.num_warps} s{tile.num_stages}",
+        f"m{tile.block_m} n{tile.block_n} split{tile.split_k} w{tile.num_warps} s{tile.num_stages}{' pdl' * tile.pdl}",
         kernel=weight_only_kernel,
         signature=signature | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
         divisible=(*pointers, "N"),
         options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
-        kind=f"triton {name} {problem.bits}{' wgmma' * (not constexprs['FOR_MMA'])}",
+        kind=f"triton {name} {problem.bits}{' wgmma' * (not constexprs['FOR_MMA'])}{' pdl' * tile.pdl}",
         archs=archs,
         tokens=tile.block_m,
         wgmma=None if constexprs["FOR_MMA"] else "registers",
