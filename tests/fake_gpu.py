@@ -135,17 +135,21 @@ class FakeGpu:
         return GPU
 
     def compile(self, src: Any, target: Any = None, options: Any = None, _env_vars: Any = None) -> Any:
-        """Lower to Triton's IR (Gluon's: to its GPU dialect), and no further; what comes back can be launched."""
+        """Parse the options and lower; what comes back can be launched."""
         backend = compiler.make_backend(target)
         parsed = backend.parse_options(dict(options or {}, **src.parse_options()))
+        self.lower(src, target, backend, parsed)
+        self.kernels.add(src.fn)
+        self.lowered += 1
+        return _Lowered(self, src, parsed)
+
+    def lower(self, src: Any, target: Any, backend: Any, parsed: Any) -> None:
+        """To Triton's IR (Gluon's: to its GPU dialect), and no further."""
         context = ir.context()
         ir.load_dialects(context)
         backend.load_dialects(context)
         with _no_modes():
             src.make_ir(target, parsed, backend.get_codegen_implementation(parsed), backend.get_module_map(), context)
-        self.kernels.add(src.fn)
-        self.lowered += 1
-        return _Lowered(self, src, parsed)
 
 
 class _Lowered:

@@ -30,12 +30,12 @@ CUDA = torch.device("cuda")
 SUITE = {
     90: {
         "triton bfloat16": 8, "triton float16": 8, "triton same bits": 3, "dequant bfloat16": 8, "dequant float16": 8,
-        "grouped": 10, "w8a8": 9, "batch invariance": 1, "dispatched": 3, "gluon bfloat16": 7,
-        "gluon float16": 7, "gluon same bits": 3, "scaled bfloat16": 7,
-        "gluon w8a8": 6,
+        "grouped bfloat16": 3, "grouped w8a8 bfloat16": 1, "grouped same": 1, "w8a8": 9, "batch invariance": 1,
+        "dispatched": 3, "gluon bfloat16": 7, "gluon float16": 7, "gluon same bits": 3, "scaled bfloat16": 7,
+        "gluon w8a8": 6, "overlapping launches, scaled": 2, "overlapping launches, w8a8 gluon": 2,
     },
     80: {"triton bfloat16": 8, "grouped bfloat16": 3, "w8a8 bfloat16": 4},
-    120: {"triton bfloat16": 8, "grouped w8a8": 2, "dequant bfloat16": 8},
+    120: {"triton bfloat16": 8, "grouped w8a8": 2},
 }  # fmt: skip
 """By architecture, beginnings of the names of gpu_check's checks, and how many there are of each."""
 
