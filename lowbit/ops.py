@@ -280,7 +280,7 @@ def grouped_int8_kernel() -> Callable[..., Tensor]:
 
 def has_grouped_kernel(device: torch.device) -> bool:
     """Whether lowbit_kernels/grouped.py and grouped_int8.py run on a CUDA device."""
-    from lowbit_kernels.grouped import MIN_ARCH
+    from lowbit_kernels.grouped_tiles import MIN_ARCH
     from lowbit_kernels.weight_only import device_arch
 
     return device_arch(device) >= MIN_ARCH

@@ -12,7 +12,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
 
-from lowbit_kernels.dispatch import INVARIANT_TOKENS, choose, fill_split, parse_table, table_for, tables
+from lowbit_kernels.dispatch import INVARIANT_TOKENS, choose, fill_split
+from lowbit_kernels.table import parse_table, table_for, tables
 from lowbit_kernels.tiles import Problem, Tile, cdiv, fits, step_columns
 
 ROOT = Path(__file__).parent.parent
@@ -61,7 +62,7 @@ def test_it_is_pure():
     from lowbit_kernels import dispatch
 
     dispatch._choose.cache_clear()
-    dispatch.tables.cache_clear()
+    tables.cache_clear()
     again = [choose(problem, 90, gpu_name="NVIDIA H200") for problem in reversed(problems)]
     assert again[::-1] == first and not torch.cuda.is_initialized()
 
@@ -270,7 +271,7 @@ def test_series_are_merged_and_end_open():
 
 
 def test_a_measured_shape_keeps_its_split_and_others_fill():
-    from lowbit_kernels import dispatch
+    from lowbit_kernels import dispatch, table
 
     rows = [
         {"bits": 4, "group": 128, "n": 4096, "k": 4096, "m": None, "tile": ["triton", 16, 64, 3, 4, 4]},
@@ -278,7 +279,7 @@ def test_a_measured_shape_keeps_its_split_and_others_fill():
     ]
     made = parse_table({**GOOD, "rows": rows}, "x.json")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "tables", lambda: {"a GPU": made})
+        patch.setattr(table, "tables", lambda: {"a GPU": made})
         dispatch._choose.cache_clear()
         assert choose(Problem(1, 4096, 4096, 4, 128, torch.float16), 90, gpu_name="a GPU").split_k == 3
         near = choose(Problem(1, 4096, 2048, 4, 128, torch.float16), 90, gpu_name="a GPU")

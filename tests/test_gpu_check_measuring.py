@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,19 +13,19 @@ from gpu_check_modules import ABOUT, ROOT
 
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
 
+import tune_experts
 import tune_main
 from check_store import Store
-from check_warm import jobs_of
 
-from lowbit_kernels import int8_tiles
-from lowbit_kernels.dispatch import parse_table
+from lowbit_kernels import grouped_tiles, int8_tiles
 from lowbit_kernels.int8_tiles import Int8Tile
+from lowbit_kernels.table import parse_table
 from lowbit_kernels.tiles import FAMILIES, Problem, Tile
 
 MEASURING = """
 import functools, sys, time, types
 import torch
-import check_measure, check_peers, tune_measure
+import check_measure, check_peers, tune_experts, tune_measure
 from check_layers import Linear
 from check_report import layer_rows, short_table
 from tune_main import candidates, int8_candidates
@@ -68,6 +69,12 @@ print(short_table(records))
 problem = Problem(2, 32, 128, 4, 128, torch.float16)
 times, dense, pdl = tune_measure.measure_case(problem, candidates(problem, 80, 108), 5)
 assert len(times) >= 2 and pick(2, times, dense).seconds > 0 and pdl is None
+small = {"EXPERTS": 6, "TOP": 2, "N": 32, "K": 128, "ROUTINGS": 2, "DEVICE": torch.device("cpu"), "GraphTimer": Timer}
+vars(tune_experts).update(small)
+for case in tune_experts.expert_cases(80, torch.float16):
+    if case.tokens == 16:
+        kept = types.SimpleNamespace(add=lambda part, name, record: records.append(record))
+        assert "us" in case.measure(kept) and len(records[-1]["times"]) == len(case.tiles) >= 1
 times = tune_measure.measure_int8_case(2, 32, 512, torch.float16, int8_candidates(2, 32, 512, 80, 108), 5)
 assert len(times) >= 1 and all(time > 0 for time in times.values())
 print("measured")
@@ -206,21 +213,85 @@ def test_what_stands_for_any_shape_is_measured_first():
     """So a run that stops early has a table for every width; and a family may be left out."""
     options = tune_main.parse(["--dry-run", "--without", "gluon,scaled"])
     todo = tune_main.work(options, 90, 132, torch.bfloat16)
-    any_shape = [(case.problem.n, case.problem.k) == tune_main.ANY for case in todo]
-    assert any_shape == sorted(any_shape, reverse=True) and sum(any_shape) == 4 * len(tune_main.M_BUCKETS)
-    assert len({case.key for case in todo}) == len(todo)
-    assert {tile.family for case in todo if not case.int8 for tile in case.tiles} == {"triton", "dequant"}
-    everything = tune_main.work(tune_main.parse(["--dry-run"]), 90, 132, torch.bfloat16)
-    assert {tile.family for case in everything if not case.int8 for tile in case.tiles} == set(FAMILIES)
+    first, experts, others = tune_main._parts(todo)
+    assert [*first, *experts, *others] == todo and len({case.key for case in todo}) == len(todo)
+    assert {(case.problem.n, case.problem.k) for case in first} == {tune_main.ANY} and experts and others
+    assert len(first) == 4 * len(tune_main.M_BUCKETS)
+    assert {tile.family for case in (*first, *others) if not case.int8 for tile in case.tiles} == {"triton", "dequant"}
+    everything = tune_main.work(tune_main.parse(["--dry-run", "--bits", "4,8,2"]), 90, 132, torch.bfloat16)
+    assert {tile.family for case in everything for tile in case.tiles} == set(FAMILIES)
     with pytest.raises(SystemExit):
         tune_main.parse(["--dry-run", "--without", "triton"])
+
+
+def test_a_measured_table_chooses_the_tiles_of_the_experts(tmp_path):
+    """By rows per expert in the mean; a width, or an architecture, for which it has none that fits takes the rule."""
+    store = Store(tmp_path, ABOUT, resume=False)
+    for bits in (2, 4, 8):
+        tuned(store, bits, 8192, 8192, 1e-6, 1e-4, 8e-5)
+    few, many = ["triton", 16, 64, 1, 2, 4, False], ["triton", 64, 128, 1, 8, 3, False]
+    few8, many8 = [16, 64, 256, 1, 4, 4, "triton", False], [128, 128, 128, 1, 8, 3, "triton", False]
+    for tokens, _ in tune_experts.BUCKETS:
+        for bits, a, b in ((4, few, many), ("w8a8", few8, many8), (8, few, many)):
+            if bits != 8 or tokens < 100:  # of 8 bits not everything has been measured
+                record = {"bits": bits, "tokens": tokens, "times": [[a, 1e-6 * tokens], [b, 1e-4]]}
+                store.add("tune experts", f"{bits} {tokens}", record)
+    made = tune_main.make_table(store, ABOUT, 132, 4.3e12)
+    assert made["expert_rows"] == [
+        {"bits": 4, "m": 4, "tile": few[:6]}, {"bits": 4, "m": None, "tile": many[:6]},
+        {"bits": "w8a8", "m": 4, "tile": few8[:6]}, {"bits": "w8a8", "m": None, "tile": many8[:6]},
+    ]  # fmt: skip
+    known = parse_table(json.loads(json.dumps(made)), "x")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouped_tiles, "table_for", lambda *_: known)
+        tile, tile8 = grouped_tiles.grouped_tile.__wrapped__, grouped_tiles.grouped_int8_tile.__wrapped__
+        problem = Problem(8, 1536, 2048, 4, 128, torch.bfloat16)
+        assert tile(problem, 128, 90) == tile(replace(problem, m=512), 128, 90) == Tile(*few)
+        assert tile(replace(problem, m=513), 128, 90) == Tile(*many)
+        assert tile(replace(problem, m=5000), 128, 90, batch_invariant=True) == tile(
+            problem, 1, 90, batch_invariant=True
+        )
+        assert tile(replace(problem, bits=8), 128, 90) == Tile("triton", 8, 64, 1, 2, 4), "the rule"
+        assert tile8(4 * 128, 128, 90) == Int8Tile(*few8) and tile8(5 * 128, 128, 90) == Int8Tile(*many8)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"bits": 3, "m": None, "tile": ["triton", 16, 64, 1, 2, 4]}, r'bits \(2, 4, 8 or "w8a8"\)'),
+        ({"bits": 4, "m": 0, "tile": ["triton", 16, 64, 1, 2, 4]}, "m must be a positive number"),
+        ({"bits": 4, "m": True, "tile": ["triton", 16, 64, 1, 2, 4]}, "m must be a positive number"),
+        ({"bits": 4, "m": 0.5, "tile": ["triton", 16, 64, 1, 2, 4]}, "must have m null"),
+        ({"bits": 4, "m": None, "tile": ["triton", 16, 64, 2, 2, 4]}, "split_k 1"),
+        ({"bits": 4, "m": None, "tile": ["gluon", 16, 256, 1, 4, 5]}, "of the triton family"),
+        ({"bits": 4, "m": None, "tile": [16, 64, 256, 1, 4, 4]}, r"tile must be \[family"),
+        ({"bits": "w8a8", "m": None, "tile": [16, 64, 256, 2, 4, 4]}, "block_k, 1, num_warps"),
+        ({"bits": "w8a8", "m": None, "tile": ["triton", 16, 64, 1, 2, 4]}, "block_k, 1, num_warps"),
+    ],
+)
+def test_a_wrong_table_of_experts_is_refused(row, message, tmp_path):
+    store = Store(tmp_path, ABOUT, resume=False)
+    for bits in (2, 4, 8):
+        tuned(store, bits, 8192, 8192, 1e-6, 1e-4, 8e-5)
+    made = tune_main.make_table(store, ABOUT, 132, 4.3e12)
+    with pytest.raises(ValueError, match=message):
+        parse_table({**made, "expert_rows": [row]}, "x")
+
+
+@pytest.mark.parametrize("arch", [75, 80, 90, 100, 120])
+def test_the_tuner_tries_the_experts_tiles_that_fit(arch):
+    found = tune_experts.expert_cases(arch, torch.bfloat16)
+    assert bool(found) is (arch >= 80) and len({case.key for case in found}) == len(found)
+    for case in found:
+        assert case.tiles and len(set(case.tiles)) == len(case.tiles), case
+        assert all(tile.split_k == 1 and tile.block_m <= max(16, case.tokens // 4) for tile in case.tiles)
 
 
 def test_what_the_tuner_launches_is_compiled_once():
     """A split of the scaled family is no other kernel; W8A8's tiles are among the jobs."""
     todo = tune_main.work(tune_main.parse(["--dry-run"]), 90, 132, torch.bfloat16)
-    jobs = jobs_of(((case.problem, tile) for case in todo for tile in case.tiles), 90)
-    assert len(jobs) == len(set(jobs)) < 1000 and any(isinstance(job.tile, Int8Tile) for job in jobs)
+    jobs = {job for case in todo for job in case.jobs(90)}
+    assert len(jobs) < 1100 and {bool(job.experts) for job in jobs if isinstance(job.tile, Int8Tile)} == {True, False}
     assert {job.tile.split_k for job in jobs if isinstance(job.tile, Tile) and job.tile.family == "scaled"} == {1}
 
 

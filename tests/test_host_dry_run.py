@@ -219,10 +219,11 @@ def test_gpu_check_from_beginning_to_end(tmp_path, capsys):
 
 def test_tune_from_beginning_to_end(tmp_path, capsys):
     """Every case of a small plan is measured and becomes a table that the package reads; a second run has no work."""
+    import tune_experts
     import tune_main
     import tune_measure
 
-    from lowbit_kernels.dispatch import parse_table
+    from lowbit_kernels.table import parse_table
 
     with contextlib.ExitStack() as stack:
         gpu = stack.enter_context(fake_gpu())
@@ -230,13 +231,16 @@ def test_tune_from_beginning_to_end(tmp_path, capsys):
         stack.enter_context(mock.patch.object(check_time, "MOST_LAUNCHES", 2))
         stack.enter_context(mock.patch.object(check_time.chip_limits, "__defaults__", (256,)))
         stack.enter_context(mock.patch.object(tune_measure, "copies_for", lambda *_: 2))
+        small = {"EXPERTS": 8, "TOP": 2, "N": 64, "K": 256, "BUCKETS": ((1, 0.25), (40, None)), "ROUTINGS": 2}
+        stack.enter_context(mock.patch.multiple(tune_experts, **small))
         arguments = ["--out", str(tmp_path)]
         assert tune_main.main(arguments) == tune_main.DONE, capsys.readouterr().err
         launched = len(gpu.launches)
         assert tune_main.main([*arguments, "--resume"]) == tune_main.DONE and len(gpu.launches) == launched
     table = parse_table(json.loads((tmp_path / "nvidia-h200.json").read_text()), "x")
     assert table.source == "measured" and {key[0] for key in table.series} == {2, 4, 8}
-    assert set(table.int8) == {(64, 256), (None, None)}
+    assert set(table.int8) == {(64, 256), (None, None)} and set(table.experts) == {4, 8, "w8a8"}
+    assert "grouped_kernel" in {launch.kernel for launch in gpu.launches}
 
 
 def test_tune_that_stops_writes_the_table_of_what_it_has(tmp_path, capsys):
@@ -244,12 +248,12 @@ def test_tune_that_stops_writes_the_table_of_what_it_has(tmp_path, capsys):
     import tune_main
     import tune_measure
 
-    from lowbit_kernels.dispatch import parse_table
+    from lowbit_kernels.table import parse_table
 
     measured = tune_main._measured
 
     def only_first(part, *rest):
-        return measured(part, *rest) if part[0].problem.n == 64 else False
+        return measured(part, *rest) if isinstance(part[0], tune_main.Case) and part[0].problem.n == 64 else False
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(fake_gpu())

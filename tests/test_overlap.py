@@ -21,12 +21,13 @@ from check_layers import random_packed  # noqa: E402
 
 import emulated_gpu as emulation  # noqa: E402
 from fake_gpu import fake_gpu  # noqa: E402
-from lowbit_kernels import dispatch, int8_hopper, scaled  # noqa: E402
-from lowbit_kernels.dispatch import choose, parse_table, uses_pdl  # noqa: E402
-from lowbit_kernels.grouped import grouped_matmul  # noqa: E402
+from lowbit_kernels import dispatch, grouped, grouped_int8, grouped_tiles, int8_hopper, scaled  # noqa: E402
+from lowbit_kernels import table as tables  # noqa: E402
+from lowbit_kernels.dispatch import choose  # noqa: E402
 from lowbit_kernels.int8 import int8_linear, int8_matmul  # noqa: E402
 from lowbit_kernels.int8_quantize import quantize_activations  # noqa: E402
 from lowbit_kernels.int8_tiles import Int8Tile, pick_tile  # noqa: E402
+from lowbit_kernels.table import parse_table, uses_pdl  # noqa: E402
 from lowbit_kernels.tiles import Problem, Tile  # noqa: E402
 from ptx_code import Code  # noqa: E402
 from ptx_machine import Machine  # noqa: E402
@@ -68,13 +69,38 @@ def test_the_bits_are_those_of_a_launch_that_waits_at_its_begin(tile):
 def test_what_is_prefetched_lies_within_the_weight(bits, group, k):
     """Rows that are shorter than what is prefetched, no multiple of it, or few; the last split and the last rows."""
     with emulation.emulated_gpu(90):
-        for tile in (PACKED[0], PACKED[2], PACKED[4], *INT8):
+        for number, tile in enumerate((PACKED[0], PACKED[2], PACKED[4], *INT8)):
             small = replace(tile, split_k=1) if k < 512 else tile
-            for n in (8, 136):
-                with mock.patch.object(scaled, "multiprocessors", lambda _: 2):
-                    # rows of int8 begin at multiples of 16 bytes
-                    found = run(small, bits, group, group != -1, 3, n, k - k % 16 if tile in INT8 else k)
-                assert found.isfinite().all() and found.any()
+            n, columns = (8, 136)[(number + k // 8) % 2], k - k % 16 if tile in INT8 else k  # int8: rows at 16 bytes
+            with mock.patch.object(scaled, "multiprocessors", lambda _: 2):
+                found = run(small, bits, group, group != -1, 3, n, columns)
+            assert found.isfinite().all() and found.any()
+
+
+def grouped_run(pdl):
+    """Four rows of three experts, one without any, packed and W8A8."""
+    torch.manual_seed(1)
+    ends = torch.tensor([3, 3, 4], dtype=torch.int32, device=CUDA)
+    weights = [random_packed(40, 256, 4, 64, BF16, CUDA, asymmetric=True) for _ in range(3)]
+    parts = [torch.stack([getattr(w, part) for w in weights]) for part in ("tiles", "scales_gn", "zeros_gn")]
+    x = torch.randn(4, 256, device=CUDA).to(BF16)
+    codes, scales = torch.randint(-9, 9, (3, 40, 256), dtype=torch.int8, device=CUDA), torch.rand(3, 40, device=CUDA)
+    tiles = (grouped_tiles.grouped_tile, grouped_tiles.grouped_int8_tile)
+    with contextlib.ExitStack() as stack:
+        for module in (grouped_tiles, grouped_int8):
+            stack.enter_context(mock.patch.object(module, "uses_pdl", lambda *_: pdl))
+        for cached in tiles:
+            cached.cache_clear()
+            stack.callback(cached.cache_clear)
+        packed = grouped.grouped_matmul(x, ends, *parts, None, bits=4, group_size=64, n=40)
+        return packed, grouped_int8.grouped_int8_linear(x, ends, None, codes, scales, None, None, None)
+
+
+def test_experts_have_the_same_bits_too():
+    with emulation.emulated_gpu(90) as gpu:
+        plain, early = grouped_run(False), grouped_run(True)
+        assert all(map(torch.equal, plain, early)) and all(out.any() for out in plain)
+        assert [launch.options["launch_pdl"] for launch in gpu.launches] == [False] * 3 + [True] * 3
 
 
 def waits(machine):
@@ -157,21 +183,22 @@ def table(**changes):
 
 def test_a_table_says_so_for_all_fused_launches():
     """Shipped tables do not: nobody has measured it. A table that does changes no tile otherwise."""
-    assert not any(known.pdl for known in dispatch.tables().values())
+    assert not any(known.pdl for known in tables.tables().values())
     problems = [Problem(m, 8192, 8192, 4, 128, BF16) for m in (1, 16, 64, 4096)]
     plain, plain8 = (
         [choose(p, 90, gpu_name="NVIDIA H200") for p in problems],
         pick_tile(1, 8192, 8192, 90, "NVIDIA H200"),
     )
-    known = {**dispatch.tables(), "NVIDIA H200": parse_table(table(pdl=True), "test")}
-    caches = (dispatch._choose, uses_pdl, pick_tile)
-    with mock.patch.object(dispatch, "tables", lambda: known):
+    known = {**tables.tables(), "NVIDIA H200": parse_table(table(pdl=True), "test")}
+    caches = (dispatch._choose, uses_pdl, pick_tile, grouped_tiles.grouped_tile)
+    with mock.patch.object(tables, "tables", lambda: known):
         for cached in caches:
             cached.cache_clear()
         for problem, tile in zip(problems, plain, strict=True):
             found = choose(problem, 90, gpu_name="NVIDIA H200")
             assert found == replace(tile, pdl=tile.family != "dequant"), problem
         assert pick_tile(1, 8192, 8192, 90, "NVIDIA H200") == replace(plain8, pdl=True)
+        assert grouped_tiles.grouped_tile(problems[0], 8, 90, gpu_name="NVIDIA H200").pdl
         assert uses_pdl(90, "NVIDIA H200") and not uses_pdl(90) and not uses_pdl(80, "NVIDIA H200")
     for cached in caches:
         cached.cache_clear()
@@ -192,11 +219,7 @@ def test_older_gpus_and_kernels_that_cannot_refuse_it():
         with pytest.raises(ValueError, match="programmatic dependent launch needs sm_90, got sm_80"):
             quantize_activations(torch.randn(2, 64, device=CUDA), pdl=True)
     with fake_gpu(90):
-        packed = random_packed(64, 128, 4, 128, BF16, CUDA)
-        stacked = [packed.tiles[None], packed.scales_gn[None], None, None]
-        ends, x = torch.tensor([3], dtype=torch.int32, device=CUDA), torch.randn(3, 128, device=CUDA).to(BF16)
-        with pytest.raises(ValueError, match="no pdl"):
-            grouped_matmul(x, ends, *stacked, bits=4, group_size=128, n=64, tile=Tile("triton", 16, 64, 1, 4, 4, True))
+        packed, x = random_packed(64, 128, 4, 128, BF16, CUDA), torch.randn(3, 128, device=CUDA).to(BF16)
         with pytest.raises(ValueError, match="a fused family"):
             packed(x, tile=Tile("dequant", 1, 16, pdl=True))
         codes = torch.zeros(8, 64, dtype=torch.int8, device=CUDA)
@@ -225,9 +248,9 @@ def test_tune_turns_it_on_where_it_is_faster_in_the_mean(ratios, expected, tmp_p
 
 
 def test_tune_tries_it_with_few_tokens_on_one_shape():
-    options = tune_main.parse(["--dry-run"])
+    options = tune_main.parse(["--dry-run", "--bits", "4,8,2,w8a8"])
     tried = [case.problem for case in tune_main.work(options, 90, 132, BF16) if case.pdl]
     assert {(p.n, p.k) for p in tried} == {tune_main.ANY} and {p.m for p in tried} == set(tune_main.PDL_TOKENS)
     assert not any(case.pdl for case in tune_main.work(options, 80, 108, BF16))
-    left_out = tune_main.parse(["--dry-run", "--without", "pdl"])
+    left_out = tune_main.parse(["--dry-run", "--bits", "4", "--without", "pdl"])
     assert not any(case.pdl for case in tune_main.work(left_out, 90, 132, BF16))

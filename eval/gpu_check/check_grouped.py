@@ -10,8 +10,9 @@ from check_correct import RUNS, Check, CheckFailed, limit_of
 from check_layers import Packed, poisoned_empty, random_packed, reference, relative_rms
 from torch import Tensor
 
-from lowbit_kernels.grouped import MIN_ARCH, grouped_matmul, grouped_tile
+from lowbit_kernels.grouped import grouped_matmul
 from lowbit_kernels.grouped_int8 import grouped_int8_linear
+from lowbit_kernels.grouped_tiles import MIN_ARCH, grouped_tile
 from lowbit_kernels.int8 import int8_linear
 
 __all__ = ["grouped_checks"]

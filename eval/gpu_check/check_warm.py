@@ -29,10 +29,14 @@ ROWS = 64
 
 @dataclass(frozen=True)
 class Job:
-    """One launch: the problem with few weight rows and few tokens, and its tile; W8A8's where that is an Int8Tile."""
+    """One launch: the problem with few weight rows and few tokens, and its tile; W8A8's where that is an Int8Tile.
+
+    ``experts``: of so many experts' grouped matmul; 0: of one weight's.
+    """
 
     problem: Problem
     tile: Tile | Int8Tile
+    experts: int = 0
 
 
 def jobs_of(work: Iterable[tuple[Problem, Tile | Int8Tile]], arch: int) -> list[Job]:
@@ -82,6 +86,9 @@ def _compile(jobs: list[Job]) -> int:
     with compile_only():
         for job in jobs:
             p = job.problem
+            if job.experts:
+                done += _compile_experts(job, device)
+                continue
             if isinstance(job.tile, Int8Tile):
                 done += _compile_int8(p, job.tile, device)
                 continue
@@ -101,6 +108,30 @@ def _compile_int8(problem: Problem, tile: Int8Tile, device: torch.device) -> int
     scales = [torch.ones(rows, dtype=torch.float32, device=device) for rows in (problem.m, problem.n)]
     try:
         int8_matmul(codes[0], scales[0], codes[1], scales[1], None, out_dtype=problem.dtype, tile=tile)
+    except Exception:  # the run itself reports it, with the case it belongs to
+        return 0
+    return 1
+
+
+def _compile_experts(job: Job, device: torch.device) -> int:
+    from lowbit_kernels.grouped import grouped_matmul
+    from lowbit_kernels.grouped_int8 import grouped_int8_matmul
+    from lowbit_kernels.layout import tiles_shape
+
+    p, ends = job.problem, torch.zeros(job.experts, dtype=torch.int32, device=device)
+    try:
+        if isinstance(job.tile, Int8Tile):
+            codes = torch.zeros(job.experts, p.n, p.k, dtype=torch.int8, device=device)
+            scales, x_scale = (torch.ones(*size, device=device) for size in ((job.experts, p.n), (p.m,)))
+            x = torch.zeros(p.m, p.k, dtype=torch.int8, device=device)
+            grouped_int8_matmul(x, x_scale, ends, codes, scales, None, out_dtype=p.dtype, tile=job.tile)
+        else:
+            words = torch.zeros(job.experts, *tiles_shape(p.n, p.k, p.bits), dtype=torch.int32, device=device)
+            groups = 1 if p.group_size == -1 else p.k // p.group_size
+            scales = torch.ones(job.experts, groups, p.n, dtype=p.dtype, device=device)
+            x = torch.zeros(p.m, p.k, dtype=p.dtype, device=device)
+            how = {"bits": p.bits, "group_size": p.group_size, "n": p.n}
+            grouped_matmul(x, ends, words, scales, None, None, tile=job.tile, **how)
     except Exception:  # the run itself reports it, with the case it belongs to
         return 0
     return 1

@@ -8,11 +8,12 @@
 Each case is one shape, bits and number of tokens: every tile, alone and with the split that fills the GPU, and the
 floor (dequantise in chunks, then cuBLAS) and the dense layer beside them, all in CUDA graphs over cold weights and
 interleaved, after the result of each tile has been compared with float64. tune_table.py has the rule of choice. W8A8
-likewise: every shipped tile of its own, quantization apart, the fastest is chosen (--bits w8a8: these alone). On the
-shape that stands for any, with few tokens, the fastest tile is also launched to begin while the launch before ends
-(overlap.py); if that is faster in the mean, the table says so for all. What is to be measured is compiled ahead, in
-parallel. The shape that stands for any comes first, in every width: from then on a run that stops at --minutes writes
-the table of what it has. --without leaves out what scripts/gpu_check --without does.
+likewise: every shipped tile of its own, quantization apart, the fastest is chosen (--bits w8a8: these alone); and the
+experts of a mixture on one shape, by rows per expert (tune_experts.py, --bits experts). On the shape that stands for
+any, with few tokens, the fastest tile is also launched to begin while the launch before ends (overlap.py); if that is
+faster in the mean, the table says so for all. What is to be measured is compiled ahead, in parallel. The shape that
+stands for any comes first, in every width: from then on a run that stops at --minutes writes the table of what it has.
+--without leaves out what scripts/gpu_check --without does.
 Exit status: 0 done; 1 a tile gave a wrong result; 2 no GPU, or bad arguments; 3 stopped at --minutes, --resume goes on.
 """
 
@@ -31,12 +32,15 @@ from typing import Any
 from check_main import LEFT_OUT
 from check_stats import geometric_mean
 from check_store import Store
+from check_warm import Job, jobs_of
+from tune_experts import ExpertCase, expert_cases, expert_rows
 from tune_predict import TABLES, table_file, to_text, write_predicted
 from tune_table import FLOOR, M_BUCKETS, NOISE, Pick, pick, rows_of, shipped_tiles, table
 
 from lowbit_kernels import int8_tiles
-from lowbit_kernels.dispatch import fill_split, parse_table
+from lowbit_kernels.dispatch import fill_split
 from lowbit_kernels.int8_tiles import HOPPER_TILES, TILES, Int8Tile
+from lowbit_kernels.table import parse_table
 from lowbit_kernels.tiles import FAMILIES, PDL_ARCH, Problem, Tile, fits
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 3
@@ -53,6 +57,7 @@ SHAPES = (
 """Linears of Llama 3 8B and 70B, fused. The 8192 x 8192 one also stands for any shape."""
 ANY = (8192, 8192)
 BITS = (4, 8, 2)
+KINDS = ("4", "8", "2", "w8a8", "experts")
 GROUP = 128
 ROUNDS = 5
 INT8_FIELDS = ("block_m", "block_n", "block_k", "split_k", "num_warps", "num_stages")
@@ -69,18 +74,19 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="keep finished cases of the same sources and machine")
     parser.add_argument("--install", action="store_true", help="copy the table into the package")
     parser.add_argument("--minutes", type=float, default=25.0, help="stop before a case that begins later than this")
-    parser.add_argument("--bits", default="4,8,2,w8a8", help="what to tune, comma-separated, of 4, 8, 2, w8a8")
+    parser.add_argument("--bits", default=",".join(KINDS), help=f"what to tune, comma-separated, of {', '.join(KINDS)}")
     parser.add_argument("--without", default="", help=f"what to leave out, comma-separated, of {', '.join(LEFT_OUT)}")
     parser.add_argument("--predict", action="store_true", help="rewrite the predicted tables and end")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and end")
     options = parser.parse_args(arguments)
     asked = options.bits.split(",")
-    if set(asked) - {"2", "4", "8", "w8a8"}:
-        parser.error(f"--bits must be of 2, 4, 8 and w8a8, got {options.bits!r}")
+    if set(asked) - set(KINDS):
+        parser.error(f"--bits must be of {', '.join(KINDS)}, got {options.bits!r}")
     options.without = tuple(name for name in options.without.split(",") if name)
     if set(options.without) - set(LEFT_OUT):
         parser.error(f"--without must be of {', '.join(LEFT_OUT)}, got {','.join(options.without)!r}")
-    options.bits, options.int8 = tuple(bits for bits in BITS if str(bits) in asked), "w8a8" in asked
+    options.bits = tuple(bits for bits in BITS if str(bits) in asked)
+    options.int8, options.experts = "w8a8" in asked, "experts" in asked
     if options.out is None and not (options.predict or options.dry_run):
         parser.error("--out FOLDER is needed")
     if not options.minutes > 0:
@@ -131,11 +137,9 @@ def int8_candidates(m: int, n: int, k: int, arch: int, multiprocessors: int) -> 
 
 def plan(options: argparse.Namespace, arch: int, multiprocessors: int, dtype: Any) -> str:
     """What would be measured, for an architecture."""
-    from check_warm import jobs_of
-
     todo = work(options, arch, multiprocessors, dtype)
     tiles = [len(case.tiles) for case in todo]
-    kernels = len(jobs_of(((case.problem, tile) for case in todo for tile in case.tiles), arch))
+    kernels = len({job for case in todo for job in case.jobs(arch)})
     return (
         f"sm_{arch}: {len(todo)} cases, {sum(tiles)} tiles in all, at most {max(tiles)} per case, "
         f"{kernels} kernels to compile, "
@@ -177,6 +181,8 @@ def make_table(store: Store, about: dict[str, Any], multiprocessors: int, copy_b
         rows=rows,
     )
     made |= {"int8_rows": int8} if int8 else {}
+    experts = expert_rows(store.records("tune experts"))
+    made |= {"expert_rows": experts} if experts else {}
     made |= {"pdl": geometric_mean(pdl) < 1 - NOISE} if pdl else {}
     parse_table(made, "the new table")
     return made
@@ -235,13 +241,14 @@ def tune(options: argparse.Namespace) -> int:
     return _write(options, store, count) or (DONE if finished else STOPPED)
 
 
-def _parts(todo: Sequence[Case]) -> list[list[Case]]:
-    """What stands for any shape, and the rest: the first is measured before the second is compiled."""
-    first = [case for case in todo if (case.problem.n, case.problem.k) == ANY]
-    return [first, [case for case in todo if case not in first]]
+def _parts(todo: Sequence[Case | ExpertCase]) -> list[list[Case | ExpertCase]]:
+    """What stands for any shape, the experts, and the rest: each is measured before the next is compiled."""
+    first = [case for case in todo if isinstance(case, Case) and (case.problem.n, case.problem.k) == ANY]
+    experts = [case for case in todo if isinstance(case, ExpertCase)]
+    return [[*first], [*experts], [case for case in todo if case not in first and case not in experts]]
 
 
-def _measured(part: Sequence[Case], store: Store, arch: int, deadline: float) -> bool:
+def _measured(part: Sequence[Case | ExpertCase], store: Store, arch: int, deadline: float) -> bool:
     """Compile for these cases and measure them; False when the deadline came before the last."""
     if part and time.monotonic() < deadline:
         _warm(part, arch)
@@ -271,6 +278,10 @@ class Case:
         size = f"{p.n}x{p.k} M={p.m}"
         return ("tune int8", f"w8a8 {size}") if self.int8 else ("tune", f"{p.bits} bits {size}")
 
+    def jobs(self, arch: int) -> list[Job]:
+        """What it launches, to compile that ahead."""
+        return jobs_of(((self.problem, tile) for tile in self.tiles), arch)
+
     def measure(self, store: Store) -> str:
         """Measure and keep; a line about it. CheckFailed when a tile's result is wrong."""
         from tune_measure import measure_case, measure_int8_case
@@ -292,8 +303,8 @@ def _listed(times: Mapping[Any, float]) -> list[list[Any]]:
     return [[list(vars(tile).values()), seconds] for tile, seconds in times.items()]
 
 
-def work(options: argparse.Namespace, arch: int, multiprocessors: int, dtype: Any) -> list[Case]:
-    """Every case of a run, in order: the shape that stands for any in all widths, W8A8's too, then the others."""
+def work(options: argparse.Namespace, arch: int, multiprocessors: int, dtype: Any) -> list[Case | ExpertCase]:
+    """Every case of a run, in order: the shape that stands for any in all widths and W8A8, the experts, the others."""
     found = []
     for bits, n, k, m in cases(options.bits):
         problem = Problem(m, n, k, bits, GROUP, dtype)
@@ -304,15 +315,17 @@ def work(options: argparse.Namespace, arch: int, multiprocessors: int, dtype: An
         problem = Problem(m, n, k, 8, -1, dtype)
         int8 = (t for t in int8_candidates(m, n, k, arch, multiprocessors) if t.family not in options.without)
         found.append(Case(problem, tuple(int8), True))
-    return sorted(found, key=lambda case: (case.problem.n, case.problem.k) != ANY)
+    first = [case for case in found if (case.problem.n, case.problem.k) == ANY]
+    experts = expert_cases(arch, dtype) if options.experts else []
+    return [*first, *experts, *(case for case in found if case not in first)]
 
 
-def _warm(todo: Sequence[Case], arch: int) -> None:
+def _warm(todo: Sequence[Case | ExpertCase], arch: int) -> None:
     """Compile in parallel what the cases will launch: one after the other it would take an hour."""
-    from check_warm import jobs_of, warm
+    from check_warm import warm
 
     start = time.monotonic()
-    jobs = jobs_of(((case.problem, tile) for case in todo for tile in case.tiles), arch)
+    jobs = list(dict.fromkeys(job for case in todo for job in case.jobs(arch)))
     print(f"{warm(jobs)} of {len(jobs)} kernels compiled ahead in {time.monotonic() - start:.0f} s", file=sys.stderr)
 
 

@@ -20,8 +20,6 @@ expert alone, bit for bit, as long as the tile is the same.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -31,20 +29,19 @@ from .cases import ARCHITECTURES, CompileCase
 from .checks import check_arguments
 from .epilogue import store_tile, tile_origin
 from .grouped_routing import check_routing, routed_case, routing_constants, rows_by_weight, tile_of_rows, token_tiles
+from .grouped_tiles import MIN_ARCH, grouped_tile
 from .operands import SUMS_LOADED
+from .overlap import launch_options, let_next_begin, wait_for_previous
 from .product import tile_product
 from .run_sums import loaded_sums
 from .tiles import Problem, Tile, cdiv, why_not
-from .weight_only import constants, device_arch, weight_only_reference
+from .weight_only import constants, device_arch, gpu_name, weight_only_reference
 from .weight_only_cases import compile_case
 
-__all__ = ["MIN_ARCH", "compile_cases", "grouped_kernel", "grouped_matmul", "grouped_reference", "grouped_tile"]
-
-MIN_ARCH = 80
-"""Triton has no tensor cores for sm_75, where the other matmuls go through cuBLAS; that needs ``ends`` on the host."""
+__all__ = ["compile_cases", "grouped_kernel", "grouped_matmul", "grouped_reference"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TOKEN_TILES"])  # it differs from call to call
 def grouped_kernel(
     x_ptr,  # (M, K)
     ends_ptr,  # (EXPERTS,) int32
@@ -77,8 +74,12 @@ def grouped_kernel(
     SPLIT_K: tl.constexpr,  # 1
     FOR_MMA: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One (BLOCK_M, BLOCK_N) tile of out, of one expert, per program."""
+    if PDL:  # which weight to prefetch is not known before the routing has ended
+        let_next_begin()
+        wait_for_previous()
     GROUPS: tl.constexpr = 1 if GROUP == -1 else K // GROUP
     place, row = tile_origin(tl.program_id(0), TOKEN_TILES * BLOCK_M, N, BLOCK_M, BLOCK_N)
     index = (place // BLOCK_M).to(tl.int32)
@@ -120,25 +121,6 @@ def grouped_reference(
     return out
 
 
-def grouped_tile(problem: Problem, experts: int, arch: int, *, batch_invariant: bool = False) -> Tile:
-    """The tile to run with, from what is known without ``ends``: rows per expert in the mean.
-
-    Not measured yet. Every choice is one of weight_only_cases.py's shapes, so that the compile gate has it.
-
-    Args:
-        problem: with all rows in ``m``.
-        batch_invariant: the same tile for every number of rows.
-    """
-    few, some = Tile("triton", 8, 64, 1, 2, 4), Tile("triton", 16, 64, 1, 2, 4)
-    if arch // 10 == 9:
-        some = Tile("triton", 16, 128, 1, 4, 4)
-    many = some if arch // 10 in (10, 11) else Tile("triton", 64, 128, 1, 8, 3)  # sm_100 wants weights in shared memory
-    mean = problem.m / experts
-    wanted = some if batch_invariant or 8 < mean <= 32 else few if mean <= 8 else many
-    candidates = (wanted, *(replace(wanted, num_stages=stages) for stages in range(wanted.num_stages - 1, 0, -1)))
-    return next((tile for tile in candidates if why_not(tile, problem, arch) is None), wanted)
-
-
 def grouped_matmul(
     x: Tensor,
     ends: Tensor,
@@ -161,7 +143,7 @@ def grouped_matmul(
         group_size: 32, 64, 128, or -1 for the whole row.
         n: rows of each weight: those of ``tiles`` are padded.
         slots: ``(E,)`` int32, where not every expert has a weight here.
-        tile: of the ``triton`` family, without split_k and pdl; None takes :func:`grouped_tile`'s.
+        tile: of the ``triton`` family, without split_k; None takes grouped_tiles.py's.
         batch_invariant: choose the tile without regard to M.
 
     Returns:
@@ -175,10 +157,11 @@ def grouped_matmul(
     arch = device_arch(x.device)
     _check(x, ends, slots, tiles, scales, zeros, bias, problem, arch)
     if tile is None:
-        tile = grouped_tile(problem, ends.shape[0], arch, batch_invariant=batch_invariant)
+        name = gpu_name(x.device)
+        tile = grouped_tile(problem, ends.shape[0], arch, gpu_name=name, batch_invariant=batch_invariant)
     reason = why_not(tile, problem, arch)
-    if reason is None and (tile.family != "triton" or tile.split_k != 1 or tile.pdl):
-        reason = "experts share the grid: family triton, split_k 1 and no pdl"
+    if reason is None and (tile.family != "triton" or tile.split_k != 1):
+        reason = "experts share the grid: family triton and split_k 1"
     if reason is not None:
         raise ValueError(f"{tile} cannot run {problem} on sm_{arch}: {reason}")
     out = torch.empty(problem.m, n, dtype=x.dtype, device=x.device)
@@ -220,8 +203,10 @@ def _launch(
         TOKEN_TILES=rows,
         **routing_constants(len(ends), len(tiles), slots is not None),
         **constexprs,
+        PDL=tile.pdl,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **launch_options(tile.pdl),
     )
 
 
@@ -248,7 +233,7 @@ def compile_cases() -> list[CompileCase]:
     fp16, bf16 = torch.float16, torch.bfloat16
     shapes = (
         (Tile("triton", 8, 64, 1, 2, 4), (4, 128, bf16, False), ARCHITECTURES),
-        (Tile("triton", 64, 128, 1, 8, 3), (4, 128, bf16, False), (90,)),
+        (Tile("triton", 64, 128, 1, 8, 3, pdl=True), (4, 128, bf16, False), (90,)),
         (Tile("triton", 64, 128, 1, 8, 3), (4, 128, fp16, True), (80, 86, 89, 120)),
     )
     cases = []

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from .cases import CompileCase
 from .epilogue import store_tile, tile_origin
-from .grouped import MIN_ARCH
 from .grouped_routing import (
     check_routing,
     routed_case,
@@ -38,23 +37,25 @@ from .grouped_routing import (
     token_tiles,
     weight_of_rows,
 )
+from .grouped_tiles import MIN_ARCH, grouped_int8_tile
 from .int8 import check_int8, compile_case, int8_constants, int8_matmul_reference
 from .int8_product import int8_product, scaled
 from .int8_quantize import quantize_activations
-from .int8_tiles import TILES, Int8Tile, fitting, why_not
+from .int8_tiles import TILES, Int8Tile, why_not
+from .overlap import launch_options, let_next_begin, wait_for_previous
+from .table import uses_pdl
 from .tiles import cdiv
-from .weight_only import device_arch
+from .weight_only import device_arch, gpu_name
 
 __all__ = [
     "compile_cases",
     "grouped_int8_linear",
     "grouped_int8_matmul",
     "grouped_int8_reference",
-    "grouped_int8_tile",
 ]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TOKEN_TILES"])  # it differs from call to call
 def grouped_int8_kernel(
     x_ptr,  # (M, K)
     ends_ptr,  # (EXPERTS,) int32
@@ -81,8 +82,12 @@ def grouped_int8_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,  # 1
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One (BLOCK_M, BLOCK_N) tile of out, of one expert, per program."""
+    if PDL:  # which weight to prefetch is not known before the routing has ended
+        let_next_begin()
+        wait_for_previous()
     place, row = tile_origin(tl.program_id(0), TOKEN_TILES * BLOCK_M, N, BLOCK_M, BLOCK_N)
     index = (place // BLOCK_M).to(tl.int32)
     weight, token, end = tile_of_rows(
@@ -120,27 +125,14 @@ def grouped_int8_reference(
     return out
 
 
-def grouped_int8_tile(m: int, experts: int, arch: int) -> Int8Tile:
-    """The tile to run with, from what is known without ``ends``: the narrowest that holds an expert's mean share of
-    rows, so that most weights are read once, and 128 rows at most. Not measured yet.
-
-    Raises:
-        ValueError: the architecture is older than the grouped kernels'.
-    """
-    if arch < MIN_ARCH:
-        raise ValueError(f"the grouped kernel needs sm_{MIN_ARCH} or newer, got sm_{arch}")
-    allowed = [tile for tile in fitting(arch) if tile.block_m <= 128]
-    return next((tile for tile in allowed if tile.block_m >= m / experts), allowed[-1])
-
-
-def _tile(asked: Int8Tile | None, experts: int, m: int, n: int, k: int, arch: int) -> Int8Tile:
+def _tile(asked: Int8Tile | None, experts: int, m: int, n: int, k: int, arch: int, name: str | None) -> Int8Tile:
     """The tile that was asked for, if it fits, or the one to run with."""
-    chosen = grouped_int8_tile(m, experts, arch)  # which refuses what is too old
+    chosen = grouped_int8_tile(m, experts, arch, gpu_name=name)  # which refuses what is too old
     if asked is None:
         return chosen
     reason = why_not(asked, m, n, k, arch)
-    if reason is None and asked.split_k != 1:
-        reason = "experts share the grid: split_k 1"
+    if reason is None and (asked.family != "triton" or asked.split_k != 1):
+        reason = "experts share the grid: family triton and split_k 1"
     if reason is not None:
         raise ValueError(f"{asked} cannot multiply ({m}, {k}) by {experts} x ({n}, {k}) on sm_{arch}: {reason}")
     return asked
@@ -163,7 +155,7 @@ def grouped_int8_matmul(
     """``out (M, N)`` in ``out_dtype``; see the module's table for shapes and dtypes.
 
     Args:
-        tile: without split_k; None takes :func:`grouped_int8_tile`'s.
+        tile: without split_k; None takes :func:`~lowbit_kernels.grouped_tiles.grouped_int8_tile`'s.
 
     Raises:
         ValueError: as :func:`~lowbit_kernels.int8.int8_matmul`, for any tensor of the table, or split_k. The values in
@@ -174,7 +166,7 @@ def grouped_int8_matmul(
     offset, zero = (None if tensor is None else tensor[0] for tensor in (bias, w_zero))
     check_int8(x_q, x_scale, w_q[0], w_scale[0], offset, zero, row_sums, out_dtype)
     (m, k), n, arch = x_q.shape, w_q.shape[1], device_arch(x_q.device)
-    tile = _tile(tile, len(ends), m, n, k, arch)
+    tile = _tile(tile, len(ends), m, n, k, arch, gpu_name(x_q.device))
     out = torch.empty(m, n, dtype=out_dtype, device=x_q.device)
     if m == 0:
         return out
@@ -196,8 +188,10 @@ def grouped_int8_matmul(
             TOKEN_TILES=rows,
             **routing_constants(len(ends), len(w_q), slots is not None),
             **int8_constants(k, tile, w_zero is not None, bias is not None),
+            PDL=tile.pdl,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            **launch_options(tile.pdl),
         )
     return out
 
@@ -227,7 +221,8 @@ def grouped_int8_linear(
     if input_scale is not None:
         check_routing(x, ends, slots, {"w_q": w_q, "input_scale": input_scale})
         static = input_scale[weight_of_rows(ends, slots, x.shape[0])]
-    x_q, x_scale, row_sums = quantize_activations(x, static, sums=w_zero is not None)
+    pdl = uses_pdl(device_arch(x.device), gpu_name(x.device))
+    x_q, x_scale, row_sums = quantize_activations(x, static, sums=w_zero is not None, pdl=pdl)
     how: dict[str, Any] = {"out_dtype": x.dtype, "w_zero": w_zero, "row_sums": row_sums, "slots": slots}
     return grouped_int8_matmul(x_q, x_scale, ends, w_q, w_scale, bias, **how)
 

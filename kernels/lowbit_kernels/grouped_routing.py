@@ -134,8 +134,7 @@ def routed_case(case: CompileCase, kernel: Any, kind: str, *, has_slots: bool) -
     split_k_only = ("partials_ptr", "counters_ptr")
     types = {key: t for key, t in case.signature.items() if t != "constexpr" and key not in split_k_only}
     signature = {"x_ptr": types["x_ptr"], **pointers, **types, "TOKEN_TILES": "i32"}
-    of_one = {key: value for key, value in case.constexprs.items() if key != "PDL"}
-    constexprs = {**routing_constants(128, 120 if has_slots else 128, has_slots), **of_one}
+    constexprs = {**routing_constants(128, 120 if has_slots else 128, has_slots), **case.constexprs}
     return replace(
         case,
         kernel=kernel,

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from .dispatch import Int8Row, Table, fill_shares, shape_distance, table_for, uses_pdl
+from .dispatch import fill_shares, shape_distance
+from .table import Int8Row, Table, table_for, uses_pdl
 from .tiles import MAX_SPLIT_TILES, MIN_ARCH, PDL_ARCH, cdiv, shared_limit
 
 __all__ = [
