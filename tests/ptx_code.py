@@ -250,7 +250,7 @@ def _cp(code: Code, one: Instruction, mask: str) -> str | None:
 
 def _grid_control(code: Code, one: Instruction, mask: str) -> str | None:
     if one.opcode[1] == "launch_dependents":
-        return "pass"  # a permission, of which no use is made here
+        return "u.let_next_begin()"
     return f"u.wait_for_previous({mask})" if one.opcode[1] == "wait" else None
 
 

@@ -88,8 +88,12 @@ class GlobalMemory:
         if self.waited is not None:
             self.waited.append((actor, int(clock[actor])))
 
+    def knows_of_wait(self, clock: Array) -> bool:
+        """Whether who has this vector clock comes after a wait for the kernel before; True where none is needed."""
+        return self.waited is None or any(clock[actor] >= then for actor, then in self.waited)
+
     def _ordered(self, part: int, at: Array, clock: Array, what: str) -> None:
-        if self.waited is not None and not any(clock[actor] >= at_that_time for actor, at_that_time in self.waited):
+        if not self.knows_of_wait(clock):
             raise Race(f"{what} before griddepcontrol.wait: the kernel before may still write there, or read")
         by = self.written_by[part][at]
         if (self.written_at[part][at] > clock[by]).any():
@@ -119,7 +123,7 @@ class GlobalMemory:
         word = self.parts[part][at[0]].view(np.uint32)
         old = int(word[0])
         self.parts[part][at[0]] = np.array([old + value & 0xFFFFFFFF], np.uint32).view(np.uint8)
-        if self.waited == []:
+        if not self.knows_of_wait(clock):
             raise Race("an atomic before griddepcontrol.wait: the kernel before may still use it")
         passed = self.released.setdefault(address, np.zeros_like(clock))
         np.maximum(clock, passed, out=clock)

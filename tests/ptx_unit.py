@@ -106,6 +106,11 @@ class Unit:
         if len(active):
             self.cta.memory.find(addresses[active], 1, "a prefetch")
 
+    def let_next_begin(self) -> None:
+        """``griddepcontrol.launch_dependents``: whoever comes next may take all but this kernel's own for ended."""
+        if not self.cta.memory.knows_of_wait(self.warp.clock):
+            raise PtxError("griddepcontrol.launch_dependents before griddepcontrol.wait: the next may begin too early")
+
     def wait_for_previous(self, mask: Array | None) -> None:
         """``griddepcontrol.wait``: from now on this warp, and who hears of it, may read and write what others do."""
         self._all(mask, "griddepcontrol.wait")

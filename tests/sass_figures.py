@@ -85,7 +85,8 @@ def instructions(sass: str) -> list[Instruction]:
 def before_wait(sass: str) -> int | None:
     """Accesses to global memory in front of griddepcontrol.wait (ACQBULK), prefetches apart; None where there is none.
 
-    Of code whose warps have parts of their own the order in memory is no order of time: not counted.
+    Letting the next kernel begin (PREEXIT) counts as one. Of code whose warps have parts of their own the order in
+    memory is no order of time: not counted.
     """
     code = instructions(sass)
     waits = [index for index, one in enumerate(code) if one.base == "ACQBULK"]
@@ -93,7 +94,7 @@ def before_wait(sass: str) -> int | None:
         return None
     if any(one.base == "USETMAXREG" for one in code):
         return 0
-    return sum(one.base in _GLOBAL for one in code[: waits[0]])
+    return sum(one.base in _GLOBAL or one.base == "PREEXIT" for one in code[: waits[0]])
 
 
 def macs(instruction: Instruction) -> int:

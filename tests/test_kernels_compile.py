@@ -83,7 +83,7 @@ def test_what_touches_memory_before_the_kernel_before_has_ended_is_seen():
     early = replace(case, constexprs={**case.constexprs, "PDL": True})
     figures = compile_one(case, 90)
     assert figures.before_wait is None and "does not wait" in " ".join(complaints(early, 90, figures))
-    code = ("PREEXIT", "CCTL.E.PF2 [R2]", "LDG.E R0, [R2.64]", "ACQBULK", "STG.E [R2.64], R0", "EXIT")
+    code = ("CCTL.E.PF2 [R2]", "LDG.E R0, [R2.64]", "ACQBULK", "PREEXIT", "STG.E [R2.64], R0", "EXIT")
     sass = "".join(f"        /*{16 * i:04x}*/                   {text} ;  /* 0x00 */\n" for i, text in enumerate(code))
     assert before_wait(sass) == 1 and before_wait(sass.replace("LDG.E R0", "LDS R0")) == 0
     assert before_wait(sass.replace("PREEXIT", "NOP")) is before_wait(sass.replace("ACQBULK", "NOP")) is None

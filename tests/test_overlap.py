@@ -123,7 +123,7 @@ def test_the_wait_is_missed_when_it_is_taken_out(tile):
             one = machine.program.instructions[place]
             machine.program.instructions[place] = Instruction(None, False, ("fence",), (), "taken out")
             machine.code = Code(machine.program)
-            with pytest.raises(Race, match=r"before griddepcontrol\.wait"):
+            with pytest.raises((Race, PtxError), match=r"before griddepcontrol\.wait"):
                 run(tile)
             machine.program.instructions[place], machine.code = one, None
             machine.code = Code(machine.program)
@@ -144,6 +144,9 @@ def test_a_kernel_that_lets_the_next_begin_must_wait_itself():
 """
     import random
 
+    with pytest.raises(PtxError, match=r"launch_dependents before griddepcontrol\.wait"):
+        Machine(ptx, 0).run((1, 1, 1), [0], GlobalMemory(), order=random.Random(0))
+    ptx = ptx.replace("    griddepcontrol", "    bra $END;\n    griddepcontrol").replace("    ret;", "$END:\n    ret;")
     with pytest.raises(PtxError, match=r"ends without griddepcontrol\.wait"):
         Machine(ptx, 0).run((1, 1, 1), [0], GlobalMemory(), order=random.Random(0))
 

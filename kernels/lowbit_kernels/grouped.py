@@ -78,8 +78,8 @@ def grouped_kernel(
 ):
     """One (BLOCK_M, BLOCK_N) tile of out, of one expert, per program."""
     if PDL:  # which weight to prefetch is not known before the routing has ended
-        let_next_begin()
         wait_for_previous()
+        let_next_begin()
     GROUPS: tl.constexpr = 1 if GROUP == -1 else K // GROUP
     place, row = tile_origin(tl.program_id(0), TOKEN_TILES * BLOCK_M, N, BLOCK_M, BLOCK_N)
     index = (place // BLOCK_M).to(tl.int32)

@@ -86,8 +86,8 @@ def grouped_int8_kernel(
 ):
     """One (BLOCK_M, BLOCK_N) tile of out, of one expert, per program."""
     if PDL:  # which weight to prefetch is not known before the routing has ended
-        let_next_begin()
         wait_for_previous()
+        let_next_begin()
     place, row = tile_origin(tl.program_id(0), TOKEN_TILES * BLOCK_M, N, BLOCK_M, BLOCK_N)
     index = (place // BLOCK_M).to(tl.int32)
     weight, token, end = tile_of_rows(

@@ -127,8 +127,8 @@ def to_halves_kernel(
     """A token, or BLOCK_ROWS rows, per program."""
     program = tl.program_id(0)
     if PDL:
-        let_next_begin()
         wait_for_previous()
+        let_next_begin()
     if program < TOKENS:
         _narrow_token(x_ptr, x16_ptr, tokens_ptr, program, PADDED, K, TOKEN_EXPONENT, BLOCK_K)
     else:

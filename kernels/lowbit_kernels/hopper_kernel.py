@@ -43,7 +43,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from . import hopper_plan
 from .hopper_ring import (
     fill_slot,
-    let_next_begin,
     piece_fragment,
     piece_words,
     prefetch_weight,
@@ -52,8 +51,8 @@ from .hopper_ring import (
     slot_of,
     slot_phase,
     store_rows,
-    wait_for_previous,
 )
+from .overlap import let_next_begin, wait_for_previous
 
 __all__ = ["hopper_kernel"]
 
@@ -274,9 +273,9 @@ def hopper_kernel(
     begin = _first_step(split, K, SPLIT_K)
     steps = _first_step(split + 1, K, SPLIT_K) - begin
     if PDL:
-        let_next_begin()
         prefetch_weight(tiles_ptr, scales_ptr, zeros_ptr, row, begin, N, K, UNITS, GROUP, HAS_ZEROS, BLOCK_N)
         wait_for_previous()
+        let_next_begin()
     # tuples of constexpr are written out in place: a variable would turn them into tensors
     if CONSUMERS == 1:
         gl.warp_specialize([

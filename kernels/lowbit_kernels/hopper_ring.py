@@ -1,6 +1,7 @@
 """The ring in shared memory of hopper_kernel.py and scaled_kernel.py: filling and reading it; how results are stored.
 
-How these kernels, and int8_hopper_kernel.py's, begin before the one before them has ended: overlap.py.
+How these kernels, and int8_hopper_kernel.py's, begin before the one before them has ended: overlap.py, whose
+prefetching is here once more, as Gluon wants a layout for it.
 
 A slot holds a step of 128 columns: x (BLOCK_M, 128), BITS / 4 units of each 16 weight rows, scales and zeros of every
 run of columns with a scale of its own (none when one scale is for the whole row). hopper_kernel.py says why this is
@@ -17,10 +18,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from . import hopper_plan
 from .hopper_operand import centre_of, factor_of, fragment_of, load_words
+from .overlap import to_l2
 
 __all__ = [
     "fill_slot",
-    "let_next_begin",
     "piece_fragment",
     "piece_words",
     "prefetch",
@@ -30,7 +31,6 @@ __all__ = [
     "slot_of",
     "slot_phase",
     "store_rows",
-    "wait_for_previous",
 ]
 
 runs_of_step = gluon.constexpr_function(hopper_plan.runs_of_step)
@@ -126,20 +126,6 @@ def store_rows(values, out_ptr, token, first, M, N):
 
 
 @gluon.jit
-def let_next_begin():
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def wait_for_previous():
-    gl.inline_asm_elementwise(
-        "griddepcontrol.wait; mov.b32 $0, 0;", "=r,~{memory}", [], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
 def prefetch(
     ptr, first_row, last_row, stride, first_column, last_column, ROWS: gl.constexpr, BYTES: gl.constexpr
 ):  # fmt: skip
@@ -150,10 +136,7 @@ def prefetch(
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [32 // ACROSS, ACROSS], [4, 1], [1, 0])
     rows = gl.minimum(first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)), last_row).to(gl.int64)
     columns = gl.minimum(first_column + gl.arange(0, LINES, layout=gl.SliceLayout(0, LAYOUT)) * LINE, last_column)
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptr + rows[:, None] * stride + columns[None, :]],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    to_l2(ptr + rows[:, None] * stride + columns[None, :])
 
 
 @gluon.jit

@@ -88,10 +88,10 @@ def _int8_matmul_kernel(
     tile, split = tl.program_id(0), tl.program_id(1)
     token, row = tile_origin(tile, M, N, BLOCK_M, BLOCK_N)
     if PDL:
-        let_next_begin()
         begin = split * ((K + BLOCK_K * SPLIT_K - 1) // (BLOCK_K * SPLIT_K)) * BLOCK_K
         prefetch(w_ptr, row, N - 1, K, begin, K - 1, BLOCK_N, 512)
         wait_for_previous()
+        let_next_begin()
     acc = int8_product(x_ptr, w_ptr, token, row, M, split, N, K, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, STAGES)
     if SPLIT_K == 1:
         out = scaled(acc, x_scale_ptr, w_scale_ptr, zero_ptr, sums_ptr, token, row, M, N, HAS_ZEROS)
@@ -148,40 +148,53 @@ def int8_matmul(
     elif (reason := why_not(tile, m, n, k, arch)) is not None:
         raise ValueError(f"{tile} cannot multiply ({m}, {k}) by ({n}, {k}) on sm_{arch}: {reason}")
     out = torch.empty(m, n, dtype=out_dtype, device=x_q.device)
-    if m == 0:
-        return out
+    if m:
+        with torch.cuda.device_of(x_q):  # Triton launches on the current device, which need not be x's
+            _launch(x_q, x_scale, w_q, w_scale, bias, w_zero, row_sums, out, tile)
+    return out
+
+
+def _launch(
+    x_q: Tensor,
+    x_scale: Tensor,
+    w_q: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    w_zero: Tensor | None,
+    row_sums: Tensor | None,
+    out: Tensor,
+    tile: Int8Tile,
+) -> None:
     if tile.family == "gluon":
         from .int8_hopper import launch
 
-        with torch.cuda.device_of(x_q):
-            launch(x_q, x_scale, w_q, w_scale, bias, w_zero, row_sums, out, tile)
-        return out
+        launch(x_q, x_scale, w_q, w_scale, bias, w_zero, row_sums, out, tile)
+        return
+    (m, k), n = x_q.shape, w_q.shape[0]
     count = cdiv(m, tile.block_m) * cdiv(n, tile.block_n)
     partials = counters = x_q  # an argument that the kernel does not read
-    with torch.cuda.device_of(x_q):  # Triton launches on the current device, which need not be x's
-        if tile.split_k > 1:
-            floats, counters = workspace(count, tile.split_k, tile.block_m * tile.block_n, x_q.device)
-            partials = floats.view(torch.int32)
-        _int8_matmul_kernel[(count, tile.split_k)](
-            x_q,
-            w_q,
-            x_scale,
-            w_scale,
-            x_q if w_zero is None else w_zero,
-            x_q if row_sums is None else row_sums,
-            x_scale if bias is None else bias,
-            out,
-            partials,
-            counters,
-            M=m,
-            N=n,
-            **int8_constants(k, tile, w_zero is not None, bias is not None),
-            PDL=tile.pdl,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            **launch_options(tile.pdl),
-        )
-    return out
+    if tile.split_k > 1:
+        floats, counters = workspace(count, tile.split_k, tile.block_m * tile.block_n, x_q.device)
+        partials = floats.view(torch.int32)
+    _int8_matmul_kernel[(count, tile.split_k)](
+        x_q,
+        w_q,
+        x_scale,
+        w_scale,
+        x_q if w_zero is None else w_zero,
+        x_q if row_sums is None else row_sums,
+        x_scale if bias is None else bias,
+        out,
+        partials,
+        counters,
+        M=m,
+        N=n,
+        **int8_constants(k, tile, w_zero is not None, bias is not None),
+        PDL=tile.pdl,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **launch_options(tile.pdl),
+    )
 
 
 def int8_linear(

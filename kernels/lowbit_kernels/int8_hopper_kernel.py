@@ -23,7 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_ring import let_next_begin, prefetch, slot_of, slot_phase, store_rows, wait_for_previous
+from .hopper_ring import prefetch, slot_of, slot_phase, store_rows
+from .overlap import let_next_begin, wait_for_previous
 from .shared_tiles import banded_tile, last_of, segment_of, segments_of, sum_of
 
 __all__ = ["int8_hopper_kernel"]
@@ -203,12 +204,12 @@ def int8_hopper_kernel(
         mbarrier.init(empty.index(s), count=2)
     fence_async_shared()
     if PDL:
-        let_next_begin()
         p, programs, tiles_m, tiles_n = gl.program_id(0), gl.num_programs(0), gl.cdiv(M, BLOCK_M), gl.cdiv(N, 128)
         tile, first, _ = segment_of(p, 0, programs, tiles_m * tiles_n, gl.cdiv(K, 128), sharers)
         _, row_tile = banded_tile(tile, tiles_m, tiles_n)
         prefetch(w_ptr, row_tile * 128, N - 1, K, first * 128, K - 1, 128, 512)
         wait_for_previous()
+        let_next_begin()
     # tuples of constexpr are written out in place: a variable would turn them into tensors
     gl.warp_specialize([
         (_produce, (x_desc, w_desc, x_ring, w_ring, full, empty, M, N, K, sharers, STAGES, BLOCK_M)),

@@ -72,8 +72,8 @@ def _quantize_kernel(
 ):
     """One token per program."""
     if PDL:
-        let_next_begin()
         wait_for_previous()
+        let_next_begin()
     INFINITY: tl.constexpr = float("inf")
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * K

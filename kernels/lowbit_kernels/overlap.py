@@ -4,16 +4,18 @@ A launch with ``launch_pdl=True`` is given what multiprocessors have free as soo
 it has said ``griddepcontrol.launch_dependents``, or has ended (CUDA C++ Programming Guide, "Programmatic Dependent
 Launch and Synchronization"; sm_90 and newer). Every kernel here that is launched so begins with three things:
 
-    let_next_begin()       the kernel after this one may take what this one leaves free
     prefetch(...)          words, scales and zeros of the first steps, to the L2
     wait_for_previous()    everything before this kernel has ended, and what it wrote is visible
+    let_next_begin()       the kernel after this one may take what this one leaves free
 
-Before the third nothing is read and nothing written: the L2 is the place that all writes go through, so what it holds
-is never old, whoever wrote a weight last. Every program waits, so a kernel that has ended vouches for all before it,
-and kernels that know nothing of this may come before and after. In a launch without ``launch_pdl`` the instructions do
-nothing. What is saved: the launch itself, and the first latency of a memory that the kernel before no longer fills.
+Before the second nothing is read and nothing written: the L2 is the place that all writes go through, so what it holds
+is never old, whoever wrote a weight last. Every program waits, so a kernel that has ended vouches for all before it.
+The third comes after the second because others may read more than this before they wait: torch's inductor
+(``TORCHINDUCTOR_ENABLE_PDL``) waits for the kernel before alone, and takes what came earlier for ended. So kernels that
+know nothing of this, and those that do, may come before and after. In a launch without ``launch_pdl`` the instructions
+do nothing. What is saved: the launch itself, and the first latency of a memory that the kernel before no longer fills.
 
-hopper_ring.py has the same for kernels in Gluon.
+hopper_ring.py has the prefetching for kernels in Gluon, which call the others as they are.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-__all__ = ["launch_options", "let_next_begin", "prefetch", "prefetch_weight", "wait_for_previous"]
+__all__ = ["launch_options", "let_next_begin", "prefetch", "prefetch_weight", "to_l2", "wait_for_previous"]
 
 
 def launch_options(pdl: bool) -> dict[str, Any]:
@@ -46,6 +48,14 @@ def wait_for_previous():
 
 
 @triton.jit
+def to_l2(ptrs):
+    """The line of 128 bytes that each of some pointers is in."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptrs], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def prefetch(
     ptr, first_row, last_row, stride, first_column, last_column, ROWS: tl.constexpr, BYTES: tl.constexpr
 ):  # fmt: skip
@@ -57,10 +67,7 @@ def prefetch(
     LINE: tl.constexpr = 128 * 8 // ptr.dtype.element_ty.primitive_bitwidth
     rows = tl.minimum(first_row + tl.arange(0, ROWS), last_row).to(tl.int64)
     columns = tl.minimum(first_column + tl.arange(0, LINES) * LINE, last_column)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptr + rows[:, None] * stride + columns[None, :]],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    to_l2(ptr + rows[:, None] * stride + columns[None, :])
 
 
 @triton.jit

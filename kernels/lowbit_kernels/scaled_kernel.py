@@ -31,7 +31,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .hopper_ring import (
     fill_slot,
-    let_next_begin,
     piece_fragment,
     piece_words,
     prefetch_weight,
@@ -39,8 +38,8 @@ from .hopper_ring import (
     slot_of,
     slot_phase,
     store_rows,
-    wait_for_previous,
 )
+from .overlap import let_next_begin, wait_for_previous
 from .shared_tiles import banded_tile, last_of, segment_of, segments_of, sum_of
 
 __all__ = ["scaled_kernel"]
@@ -243,7 +242,6 @@ def scaled_kernel(
         mbarrier.init(empty.index(s), count=2)
     fence_async_shared()
     if PDL:
-        let_next_begin()
         p, programs, tiles_m, tiles_n = gl.program_id(0), gl.num_programs(0), gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N)
         tile, first, _ = segment_of(p, 0, programs, tiles_m * tiles_n, gl.cdiv(K, 128), sharers)
         _, row_tile = banded_tile(tile, tiles_m, tiles_n)
@@ -251,6 +249,7 @@ def scaled_kernel(
             tiles_ptr, scales_ptr, zeros_ptr, row_tile * BLOCK_N, first, N, K, BITS // 4, GROUP, HAS_ZEROS, BLOCK_N
         )
         wait_for_previous()
+        let_next_begin()
     # tuples of constexpr are written out in place: a variable would turn them into tensors
     gl.warp_specialize([
         (_produce, (

@@ -84,12 +84,12 @@ def weight_only_kernel(
     tile, split = tl.program_id(0), tl.program_id(1)
     token, row = tile_origin(tile, M, N, BLOCK_M, BLOCK_N)
     if PDL:
-        let_next_begin()
         begin = split * ((UNITS + SPLIT_K - 1) // SPLIT_K)
         prefetch_weight(
             tiles_ptr, scales_ptr, zeros_ptr, row, begin, N, K, UNITS, BITS, GROUP, HAS_ZEROS, BLOCK_N
         )  # fmt: skip
         wait_for_previous()
+        let_next_begin()
     tokens_left = tl.minimum(M - token, BLOCK_M).to(tl.int32)
     acc = tile_product(
         x_ptr, tiles_ptr, scales_ptr, zeros_ptr, sums_ptr, token, row, tokens_left, split, M, N, K, UNITS, BITS, GROUP,
