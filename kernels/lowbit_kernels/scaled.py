@@ -155,9 +155,12 @@ def multiprocessors(device: torch.device) -> int:
 def _constants(problem: Problem, tile: Tile, has_bias: bool) -> dict[str, Any]:
     """Constexpr arguments of the kernel.
 
-    Pieces of 64 columns: with 128 the fragments and 128 sums per lane leave no registers. What the consumers leave the
-    producer (504 in all) must do for its copies, of which groups of 32 need most.
+    Pieces of 64 columns: with 128 the fragments and 128 sums per lane leave no registers. Two blocks of 64 tokens have
+    64 sums, and with half of the waits more is converted while the tensor cores work (85 % instead of 70 %, kernels/
+    README.md); not so with one scale per row. What the consumers leave the producer (504 in all) must do for its
+    copies, of which groups of 32 need most.
     """
+    long_pieces = tile.block_m == 64 and tile.block_n == 256 and problem.bits == 4 and problem.group_size == 128
     unit, words = register_layouts()
     return {
         "BITS": problem.bits,
@@ -168,7 +171,7 @@ def _constants(problem: Problem, tile: Tile, has_bias: bool) -> dict[str, Any]:
         "BLOCK_M": tile.block_m,
         "BLOCKS": scaled_blocks(tile),
         "STAGES": tile.num_stages,
-        "PIECE_COLUMNS": 64,
+        "PIECE_COLUMNS": 128 if long_pieces else 64,
         "CONSUMER_REGISTERS": 232 if problem.group_size == 32 else 240,
         "UNIT": unit,
         "WORDS": words,
