@@ -230,9 +230,18 @@ def test_symmetric_4_bit_weights_with_bf16_scales_are_exact():
 # --- what the compiler makes of it
 
 
-@pytest.mark.parametrize("tile", [Tile("scaled", 128, 256, 1, 8, 4)], ids=str)
-def test_fragments_are_made_while_the_tensor_cores_work(tile):
-    """In both warpgroups' loops conversions are between a product's issue and its wait, but for a step's last piece."""
+@pytest.mark.parametrize(
+    ("tile", "least"),
+    [
+        (Tile("scaled", 128, 256, 1, 8, 4), 0.65),
+        (Tile("scaled", 64, 256, 1, 8, 6), 0.95),
+        (Tile("scaled", 128, 128, 1, 8, 5), 0.8),
+        (Tile("scaled", 64, 128, 1, 8, 8), 0.8),
+    ],
+    ids=str,
+)
+def test_fragments_are_made_while_the_tensor_cores_work(tile, least):
+    """In both warpgroups' loops: the share of the conversions that lie between a product's issue and its wait."""
     loops = product_loops(machine_code(scaled.compile_case(tile, Problem(256, 4096, 4096, 4, 128, BF16)), 90))
     assert len(loops) == 2
     for loop in loops:
@@ -242,4 +251,4 @@ def test_fragments_are_made_while_the_tensor_cores_work(tile):
             if one.base == "LOP3" and "0xf000f" in one.operands:
                 inside, outside = inside + multiplying, outside + (not multiplying)
         assert sum(one.base == "HGMMA" for one in loop) == 8 * tile.block_n // 128
-        assert inside + outside == tile.block_n // 128 * 64 // 2 and outside <= inside / 2, (inside, outside)
+        assert inside + outside == tile.block_n // 128 * 64 // 2 and inside >= least * (inside + outside)

@@ -155,12 +155,10 @@ def multiprocessors(device: torch.device) -> int:
 def _constants(problem: Problem, tile: Tile, has_bias: bool) -> dict[str, Any]:
     """Constexpr arguments of the kernel.
 
-    Pieces of 64 columns: with 128 the fragments and 128 sums per lane leave no registers. Two blocks of 64 tokens have
-    64 sums, and with half of the waits more is converted while the tensor cores work (85 % instead of 70 %, kernels/
-    README.md); not so with one scale per row. What the consumers leave the producer (504 in all) must do for its
-    copies, of which groups of 32 need most.
+    What the consumers leave the producer (504 registers in all) must do for its copies, of which groups of 32 need
+    most.
     """
-    long_pieces = tile.block_m == 64 and tile.block_n == 256 and problem.bits == 4 and problem.group_size == 128
+    piece_columns, look = _pieces(problem, tile)
     unit, words = register_layouts()
     return {
         "BITS": problem.bits,
@@ -171,12 +169,25 @@ def _constants(problem: Problem, tile: Tile, has_bias: bool) -> dict[str, Any]:
         "BLOCK_M": tile.block_m,
         "BLOCKS": scaled_blocks(tile),
         "STAGES": tile.num_stages,
-        "PIECE_COLUMNS": 128 if long_pieces else 64,
+        "PIECE_COLUMNS": piece_columns,
+        "LOOK": look,
         "CONSUMER_REGISTERS": 232 if problem.group_size == 32 else 240,
         "UNIT": unit,
         "WORDS": words,
         "PDL": tile.pdl,
     }
+
+
+def _pieces(problem: Problem, tile: Tile) -> tuple[int, int]:
+    """Columns of a piece, and how many pieces ahead its words are loaded: what converts most while products run.
+
+    Read off the machine code (kernels/README.md). 256 sums per lane leave registers for neither, small groups on two
+    blocks of rows not for words that wait; and a step must be two pieces at least (C7513).
+    """
+    wide = scaled_blocks(tile) == 2
+    if wide and (tile.block_m == 128 or problem.group_size in (32, 64)):
+        return 64, 1
+    return 128 if wide and problem.bits == 4 and problem.group_size == 128 else 64, 2
 
 
 def compile_case(tile: Tile, problem: Problem) -> CompileCase:

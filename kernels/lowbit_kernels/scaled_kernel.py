@@ -6,14 +6,16 @@ hopper_kernel.py, which says why that is free of races; the ring runs on from on
 steps of a tile are on their way while the one before is stored.
 
 What differs in the consumers: the scale is in the register operand, so wgmma adds up a whole segment and its sums are
-touched once, at the end. Per piece (64 rows by at most 64 columns):
+touched once, at the end. Per piece (64 rows by at most 64 or 128 columns):
 
-    load words of piece i + 1    issue piece i    make fragment i + 1 while it runs    wait for piece i    ...
+    load words of piece i + LOOK    issue piece i    make fragment i + 1 while it runs    wait for piece i    ...
 
-Between a wait and the next issue the tensor cores have the other warpgroup's piece. Waiting one piece later would leave
-no gap at all, and ptxas serialises it (C7512, kernels/README.md). A slot is handed back after the last piece that reads
-its x. The next words are read out of the ring before that: of the next slot, or, where a segment ends, of this one
-again, as the next is being filled for another tile.
+With LOOK 2 the words are there when the fragment is made, so that all of it is made while piece i runs, if there are
+registers for them; with 1 most of a step's last fragment is made behind the wait. Between a wait and the next issue
+the tensor cores have the other warpgroup's piece. Waiting one piece later would leave no gap at all, and ptxas
+serialises it (C7512, kernels/README.md). A slot is handed back after the last piece that reads its x. The next words
+are read out of the ring before that: of the next slot, or, where a segment ends, of this one again, as the next is
+being filled for another tile.
 """
 
 # mypy: disable-error-code="assignment,misc,var-annotated"
@@ -75,7 +77,8 @@ def _rows(ptr, first, N, MMA: gl.constexpr):
 def _consume(
     x_ring, w_ring, s_ring, z_ring, full, empty, zeros_ptr, rows_ptr, done, row, N, steps, WARPGROUP: gl.constexpr,
     BLOCKS: gl.constexpr, STAGES: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr, HAS_ZEROS: gl.constexpr,
-    BLOCK_M: gl.constexpr, PIECE_COLUMNS: gl.constexpr, MMA: gl.constexpr, UNIT: gl.constexpr, WORDS: gl.constexpr,
+    BLOCK_M: gl.constexpr, PIECE_COLUMNS: gl.constexpr, LOOK: gl.constexpr, MMA: gl.constexpr, UNIT: gl.constexpr,
+    WORDS: gl.constexpr,
 ):  # fmt: skip
     """``steps`` steps of one warpgroup, of which ``done`` came before in the ring: its BLOCKS sums (64, BLOCK_M)."""
     DTYPE: gl.constexpr = x_ring.dtype
@@ -94,24 +97,32 @@ def _consume(
     slot = slot_of(done, STAGES)
     mbarrier.wait(full.index(slot), slot_phase(done, STAGES))
     words = piece_words(w_ring, slot, 0, 0, 0, FIRST, BITS, COLUMNS, UNIT, WORDS)
+    ahead = words
+    if LOOK == 2:
+        ahead = piece_words(w_ring, slot, words, 1 // PIECES, 1 % PIECES, FIRST, BITS, COLUMNS, UNIT, WORDS)
     fragment, centre, factor = piece_fragment(
         words, 0, 0, s_ring, z_ring, slot, zeros, factors, 0, 0, FIRST, BITS, GROUP, COLUMNS, DTYPE, HAS_ZEROS, SCALED,
         MMA, WORDS,
     )  # fmt: skip
     for i in range(done, done + steps):
         slot, after = slot_of(i, STAGES), slot_of(i + 1, STAGES)
+        behind = slot
         for piece in gl.static_range(PIECES * BLOCKS):
-            # words of the next piece: of these rows, of the next 64, or the first of the next step. Past the last step
-            # of this slot again: the one behind it is being filled for the next tile
-            behind = slot
-            if piece == PIECES * BLOCKS - 1:
+            words = ahead
+            if piece == PIECES * BLOCKS - LOOK:
+                # past the last step of this slot again: the one behind it is being filled for the next tile
                 more = i + 1 < done + steps
                 mbarrier.wait(full.index(after), slot_phase(i + 1, STAGES), pred=more)
                 behind = gl.where(more, after, slot)
-            words = piece_words(
-                w_ring, behind, words, (piece + 1) // PIECES % BLOCKS, (piece + 1) % PIECES, FIRST, BITS, COLUMNS, UNIT,
-                WORDS,
+            ahead = piece_words(
+                w_ring, behind, ahead, (piece + LOOK) // PIECES % BLOCKS, (piece + LOOK) % PIECES, FIRST, BITS, COLUMNS,
+                UNIT, WORDS,
             )  # fmt: skip
+            if LOOK == 1:
+                words = ahead
+            source = slot
+            if piece == PIECES * BLOCKS - 1:
+                source = behind
             x = x_ring.index(slot).slice(piece % PIECES * COLUMNS, COLUMNS, dim=1).permute((1, 0))
             new = ()
             for block in gl.static_range(BLOCKS):
@@ -121,7 +132,7 @@ def _consume(
                     new = new + (accs[block],)  # noqa: RUF005
             # while the tensor cores work
             fragment, centre, factor = piece_fragment(
-                words, centre, factor, s_ring, z_ring, behind, zeros, factors, (piece + 1) // PIECES % BLOCKS,
+                words, centre, factor, s_ring, z_ring, source, zeros, factors, (piece + 1) // PIECES % BLOCKS,
                 (piece + 1) % PIECES, FIRST, BITS, GROUP, COLUMNS, DTYPE, HAS_ZEROS, SCALED, MMA, WORDS,
             )  # fmt: skip
             if BLOCKS == 1:
@@ -154,7 +165,8 @@ def _warpgroup(
     x_ring, w_ring, s_ring, z_ring, full, empty, scales_ptr, zeros_ptr, rows_ptr, tokens_ptr, bias_ptr, out_ptr,
     partials_ptr, counters_ptr, M, N, K, sharers, WARPGROUP: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr,
     BITS: gl.constexpr, GROUP: gl.constexpr, HAS_ZEROS: gl.constexpr, HAS_TOKENS: gl.constexpr, HAS_BIAS: gl.constexpr,
-    BLOCK_M: gl.constexpr, PIECE_COLUMNS: gl.constexpr, MMA: gl.constexpr, UNIT: gl.constexpr, WORDS: gl.constexpr,
+    BLOCK_M: gl.constexpr, PIECE_COLUMNS: gl.constexpr, LOOK: gl.constexpr, MMA: gl.constexpr, UNIT: gl.constexpr,
+    WORDS: gl.constexpr,
 ):  # fmt: skip
     """A consumer: the sums of each of the program's segments, and its rows of out where it has them all."""
     p, programs = gl.program_id(0), gl.num_programs(0)
@@ -169,7 +181,7 @@ def _warpgroup(
         row = (row_tile * 2 + WARPGROUP) * (BLOCKS * 64)
         accs = _consume(
             x_ring, w_ring, s_ring, z_ring, full, empty, zeros_ptr, rows_ptr, done, row, N, count, WARPGROUP, BLOCKS,
-            STAGES, BITS, GROUP, HAS_ZEROS, BLOCK_M, PIECE_COLUMNS, MMA, UNIT, WORDS,
+            STAGES, BITS, GROUP, HAS_ZEROS, BLOCK_M, PIECE_COLUMNS, LOOK, MMA, UNIT, WORDS,
         )  # fmt: skip
         done += count
         if count == steps:
@@ -220,6 +232,7 @@ def scaled_kernel(
     BLOCKS: gl.constexpr,
     STAGES: gl.constexpr,
     PIECE_COLUMNS: gl.constexpr,
+    LOOK: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     UNIT: gl.constexpr,
     WORDS: gl.constexpr,
@@ -259,11 +272,11 @@ def scaled_kernel(
         (_warpgroup, (
             x_ring, w_ring, s_ring, z_ring, full, empty, scales_ptr, zeros_ptr, rows_ptr, tokens_ptr, bias_ptr, out_ptr,
             partials_ptr, counters_ptr, M, N, K, sharers, 0, BLOCKS, STAGES, BITS, GROUP, HAS_ZEROS, HAS_TOKENS,
-            HAS_BIAS, BLOCK_M, PIECE_COLUMNS, MMA, UNIT, WORDS,
+            HAS_BIAS, BLOCK_M, PIECE_COLUMNS, LOOK, MMA, UNIT, WORDS,
         )),
         (_warpgroup, (
             x_ring, w_ring, s_ring, z_ring, full, empty, scales_ptr, zeros_ptr, rows_ptr, tokens_ptr, bias_ptr, out_ptr,
             partials_ptr, counters_ptr, M, N, K, sharers, 1, BLOCKS, STAGES, BITS, GROUP, HAS_ZEROS, HAS_TOKENS,
-            HAS_BIAS, BLOCK_M, PIECE_COLUMNS, MMA, UNIT, WORDS,
+            HAS_BIAS, BLOCK_M, PIECE_COLUMNS, LOOK, MMA, UNIT, WORDS,
         )),
     ], [4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS])  # fmt: skip
