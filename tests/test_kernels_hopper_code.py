@@ -96,7 +96,7 @@ def test_barriers_are_fenced_before_the_roles_part(compiled):
 def test_fragments_are_made_while_the_tensor_cores_work(compiled, tmp_path):
     """In each loop: one wait per piece, and conversions between a product's issue and its wait.
 
-    ptxas puts about half of them there and the others behind the wait, where the other warpgroup's products run.
+    ptxas leaves some of them behind the wait, where the other warpgroup's products run.
     """
     tile, problem, _, kernel, budget = compiled
     cubin = tmp_path / "kernel.cubin"
@@ -109,7 +109,7 @@ def test_fragments_are_made_while_the_tensor_cores_work(compiled, tmp_path):
         loop = [(one.opcode, one.operands) for one in body]
         products = [op for op, _ in loop if op.startswith("HGMMA")]
         assert len(products) == 8 * reps(tile)  # all 128 columns of each 64 rows, by 16
-        assert sum(op.startswith("WARPGROUP.DEPBAR") for op, _ in loop) == reps(tile) * problem.bits // 4
+        assert sum(op.startswith("WARPGROUP.DEPBAR") for op, _ in loop) == reps(tile) * 2
         multiplying, outside, lop3 = False, 0, 0
         for op, operands in loop:
             multiplying = op.startswith("HGMMA") or (multiplying and not op.startswith("WARPGROUP.DEPBAR"))

@@ -267,10 +267,10 @@ def faults(machine, tile, place):
     ("tile", "opcode", "kinds"),
     [
         (TRITON, "cp.async.wait_group", {Race}),
-        (GLUON, "wgmma.wait_group", {PtxError}),
+        (GLUON, "wgmma.wait_group", {PtxError, Race}),
         (GLUON, "mbarrier.try_wait", {Race, PtxError}),
         (GLUON, "mbarrier.arrive", {Deadlock, PtxError}),
-        (SCALED, "wgmma.wait_group", {PtxError}),
+        (SCALED, "wgmma.wait_group", {PtxError, Race}),
         (SCALED, "mbarrier.try_wait", {Race, PtxError}),
         (SCALED, "mbarrier.arrive", {Deadlock, PtxError}),
         (INT8, "wgmma.wait_group", {PtxError, Race}),
@@ -280,11 +280,14 @@ def faults(machine, tile, place):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_every_wait_and_arrival_is_missed_when_it_is_taken_out(machine, tile, opcode, kinds):
+    """But for those of the gluon family that order nothing in the PTX and are there for ptxas (C7513): after the first
+    of two products into one accumulator, and where the sums are read behind the next wait. A step's last one counts.
+    """
     places = instructions(machine, *opcode.split("."))
-    assert places
-    for place in places:
-        found = faults(machine, tile, place)
-        assert found and set(found) <= kinds, (machine.program.instructions[place].text, found)
+    found = [faults(machine, tile, place) for place in places]
+    missed = found[-1:] if (tile, opcode) == (GLUON, "wgmma.wait_group") else found
+    assert missed and all(missed), [machine.program.instructions[place].text for place in places]
+    assert all(set(kinds_found) <= kinds for kinds_found in found), found
 
 
 @pytest.mark.parametrize("tile", [TRITON], ids=["triton"])

@@ -6,8 +6,8 @@ bits, K a multiple of 8 and any N. What plain Triton does not schedule, and this
 * words, x and scales come by the copy engine (TMA), asked for by a warp that does nothing else, with STAGES steps of
   128 columns in flight and no instruction of the multiplying warps spent on addresses or masks;
 * a lane reads 16 bytes of words and makes its part of wgmma's register operand from them, for the next 64 rows while
-  the tensor cores multiply these (ptxas moves about half of that behind the wait, which is why there are always two
-  warpgroups on a multiprocessor: one program of two, or two programs of one);
+  the tensor cores multiply these (ptxas moves a quarter of that behind the wait, which is one reason why there are
+  always two warpgroups on a multiprocessor: one program of two, or two programs of one);
 * a warpgroup never waits for another: one scales its sums and converts while the other multiplies.
 
 The operand holds ``code - zero``, exact in fp16 and bf16, where the Triton family multiplies ``code + RAW`` and then
@@ -248,8 +248,8 @@ def register_layouts() -> tuple[Any, Any]:
 def _constants(problem: Problem, tile: Tile, has_bias: bool) -> dict[str, Any]:
     """Constexpr arguments of the kernel.
 
-    One block of 64 rows per warpgroup takes its step in two pieces: with a single one the next fragment would replace
-    the one being multiplied, and ptxas would wait for each instruction (C7513).
+    Pieces of 64 columns: of longer ones ptxas makes most fragments behind the wait (kernels/README.md), and if a step
+    were a single piece the next fragment would replace the one being multiplied (C7513).
     """
     unit, words = register_layouts()
     return {
@@ -262,7 +262,7 @@ def _constants(problem: Problem, tile: Tile, has_bias: bool) -> dict[str, Any]:
         "REPS": reps(tile),
         "SPLIT_K": tile.split_k,
         "STAGES": tile.num_stages,
-        "PIECE_COLUMNS": 64 if reps(tile) == 1 else 128,
+        "PIECE_COLUMNS": 64,
         "CONSUMER_REGISTERS": 240,
         "UNIT": unit,
         "WORDS": words,

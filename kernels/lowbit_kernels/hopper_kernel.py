@@ -20,10 +20,10 @@ Why it is free of races; the simulation in tests/test_kernels_hopper.py runs the
   ordered before the refill by the mbarrier). The barriers themselves are initialised by ordinary stores: one fence.
 * Wgmma reads registers until it is waited for. The next fragment is other registers (the compiler keeps both alive,
   and ptxas says C7515 when it cannot), and the accumulator is not touched before the wait.
-* Consumers read one fragment ahead, from the next slot, after ``full`` of that slot. Past the last step there is
-  nothing to wait for; what is read then is never multiplied, and no copy is under way.
-* That wait comes before the last product of a step is issued, so the ring needs two slots at least: with one, its
-  refill would wait for a release that waits for the refill.
+* Consumers read words two pieces ahead and make fragments one ahead, from the next slot after ``full`` of that slot.
+  Past the last step there is nothing to wait for; what is read then is never multiplied, and no copy is under way.
+* That wait comes before the last product but one of a step is issued, so the ring needs two slots at least: with one,
+  its refill would wait for a release that waits for the refill.
 """
 
 # A tuple that grows in a jit function changes its type, which Triton unrolls and mypy cannot follow.
@@ -81,9 +81,11 @@ def _consume(
 ):  # fmt: skip
     """All steps of one warpgroup: REPS accumulators (64, BLOCK_M) of its rows, scaled.
 
-    A *piece* is one wgmma chain: columns of 64 rows that share a scale and lie in one unit, at most PIECE_COLUMNS.
-    While it runs, the next piece's fragment is made. Columns that share a scale (a run) start from a fresh accumulator,
-    scaled in fp32; with one scale for the whole row the instruction accumulates across steps, scaled at the end.
+    A *piece* is one wgmma chain: columns of 64 rows that share a scale and lie in one unit, at most PIECE_COLUMNS, and
+    at least two in a step. While it runs, the next piece's fragment is made, of words that were loaded one piece
+    earlier: had they to come first, ptxas would make most of it behind the wait. Columns that share a scale (a run)
+    start from a fresh accumulator, scaled in fp32; with one scale for the whole row the instruction accumulates across
+    steps, scaled at the end.
     """
     DTYPE: gl.constexpr = x_ring.dtype
     RUNS: gl.constexpr = runs_of_step(GROUP)
@@ -102,6 +104,7 @@ def _consume(
             row_zeros = row_zeros + (zeros,)  # noqa: RUF005
     mbarrier.wait(full.index(0), 0)
     words = piece_words(w_ring, 0, 0, 0, 0, FIRST, BITS, COLUMNS, UNIT, WORDS)
+    ahead = piece_words(w_ring, 0, words, 0, 1, FIRST, BITS, COLUMNS, UNIT, WORDS)
     fragment, centre, _ = piece_fragment(
         words, 0, 0, s_ring, z_ring, 0, row_zeros, (), 0, 0, FIRST, BITS, GROUP, COLUMNS, DTYPE, HAS_ZEROS, False, MMA,
         WORDS,
@@ -114,30 +117,28 @@ def _consume(
             acc = accs[rep]
             dot = acc
             for piece in gl.static_range(PIECES):
-                # the next piece's words are on their way before, and become its fragment while the tensor cores work
-                if rep == REPS - 1 and piece == PIECES - 1:
+                # the next piece becomes a fragment while the tensor cores work, and the words of the one after it come
+                words = ahead
+                if rep * PIECES + piece == PIECES * REPS - 2:
                     mbarrier.wait(full.index(after), slot_phase(i + 1, STAGES), pred=i + 1 < steps)
-                    words = piece_words(w_ring, after, words, 0, 0, FIRST, BITS, COLUMNS, UNIT, WORDS)
-                else:
-                    words = piece_words(
-                        w_ring, slot, words, rep + (piece + 1) // PIECES, (piece + 1) % PIECES, FIRST, BITS,
-                        COLUMNS, UNIT, WORDS,
-                    )  # fmt: skip
+                loaded_from, source = slot, slot
+                if rep * PIECES + piece >= PIECES * REPS - 2:
+                    loaded_from = after
+                if rep * PIECES + piece == PIECES * REPS - 1:
+                    source = after
+                ahead = piece_words(
+                    w_ring, loaded_from, ahead, (rep + (piece + 2) // PIECES) % REPS, (piece + 2) % PIECES, FIRST,
+                    BITS, COLUMNS, UNIT, WORDS,
+                )  # fmt: skip
                 x = x_ring.index(slot).slice(piece * COLUMNS, COLUMNS, dim=1).permute((1, 0))
                 if RUNS == 0 or piece * COLUMNS % RUN != 0:
                     dot = warpgroup_mma(fragment, x, dot, use_acc=True, is_async=True)
                 else:
                     dot = warpgroup_mma(fragment, x, fresh, use_acc=False, is_async=True)
-                if rep == REPS - 1 and piece == PIECES - 1:
-                    fragment, centre, _ = piece_fragment(
-                        words, centre, words, s_ring, z_ring, after, row_zeros, (), 0, 0, FIRST, BITS, GROUP, COLUMNS,
-                        DTYPE, HAS_ZEROS, False, MMA, WORDS,
-                    )  # fmt: skip
-                else:
-                    fragment, centre, _ = piece_fragment(
-                        words, centre, words, s_ring, z_ring, slot, row_zeros, (), rep + (piece + 1) // PIECES,
-                        (piece + 1) % PIECES, FIRST, BITS, GROUP, COLUMNS, DTYPE, HAS_ZEROS, False, MMA, WORDS,
-                    )  # fmt: skip
+                fragment, centre, _ = piece_fragment(
+                    words, centre, words, s_ring, z_ring, source, row_zeros, (), (rep + (piece + 1) // PIECES) % REPS,
+                    (piece + 1) % PIECES, FIRST, BITS, GROUP, COLUMNS, DTYPE, HAS_ZEROS, False, MMA, WORDS,
+                )  # fmt: skip
                 dot = warpgroup_mma_wait(0, deps=[dot])
                 if RUNS == 0:
                     acc = dot
