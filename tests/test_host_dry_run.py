@@ -33,7 +33,7 @@ from fake_gpu import GpuTensor, fake_gpu  # noqa: E402
 from lowbit_kernels import epilogue, weight_only  # noqa: E402
 from lowbit_kernels.hopper_plan import gluon_why_not  # noqa: E402
 from lowbit_kernels.int8 import int8_linear, int8_matmul  # noqa: E402
-from lowbit_kernels.int8_tiles import HOPPER_TILES, TILES  # noqa: E402
+from lowbit_kernels.int8_tiles import HOPPER_TILES, TILES, Int8Tile  # noqa: E402
 from lowbit_kernels.tiles import FAMILIES, Problem, Tile, fits  # noqa: E402
 
 BF16 = torch.bfloat16
@@ -184,6 +184,27 @@ def test_compiling_ahead_launches_nothing(gpu):
     assert gpu.lowered == 1 and not gpu.launches
     packed(x, tile=Tile("triton", 16, 64, 2, 4, 3))
     assert gpu.lowered == 1 and len(gpu.launches) == 1
+
+
+def test_every_kind_of_job_is_compiled_ahead(gpu):
+    """What fails there is not judged there, so it would only be seen as a slow run."""
+    packed, rows = Problem(16, 64, 256, 4, 128, BF16), Problem(16, 64, 256, 8, -1, BF16)
+    triton, int8 = Tile("triton", 16, 64, 1, 4, 3), Int8Tile(16, 64, 128, 1, 4, 3)
+    jobs = [
+        check_warm.Job(packed, triton),
+        check_warm.Job(packed, replace(triton, pdl=True)),
+        check_warm.Job(packed, Tile("gluon", 16, 128, 1, 4, 2)),
+        check_warm.Job(packed, Tile("scaled", 64, 128, 1, 8, 3)),
+        check_warm.Job(packed, Tile("dequant", 1, 16)),
+        check_warm.Job(packed, triton, 8),
+        check_warm.Job(rows, int8),
+        check_warm.Job(rows, Int8Tile(64, 128, 128, 1, 8, 2, "gluon")),
+        check_warm.Job(rows, int8, 8),
+    ]
+    for job in jobs:
+        before = gpu.lowered
+        assert check_warm._compile([job]) == 1 and gpu.lowered > before, job
+    assert not gpu.launches
 
 
 # --- the commands
