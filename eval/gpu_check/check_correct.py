@@ -17,6 +17,7 @@ from tune_model import CHIPS, predict
 from tune_table import shipped_tiles
 
 from lowbit_kernels.dispatch import choose, fill_split
+from lowbit_kernels.int8_tiles import Int8Tile
 from lowbit_kernels.tiles import FAMILIES, HOPPER, Problem, Tile, cdiv, fits, step_columns
 from lowbit_kernels.weight_only import device_arch, gpu_name
 
@@ -98,8 +99,11 @@ def limit_of(dtype: torch.dtype, elements: int, tile: Tile | None = None) -> flo
     return few * LIMITS[dtype] * (ROUNDED_WEIGHTS if tile and tile.family in ROUNDING and dtype == HALF else 1.0)
 
 
-def work_of_checks(arch: int) -> Iterator[tuple[Problem, Tile]]:
-    """Problem and tile of the suite's random cases, to compile them ahead."""
+def work_of_checks(arch: int) -> Iterator[tuple[Problem, Tile | Int8Tile]]:
+    """Problem and tile of the suite's random cases and of its chains, to compile them ahead."""
+    from check_overlap import overlap_work  # which uses this module
+
+    yield from overlap_work(torch.bfloat16, arch)
     for family in FAMILIES:
         for m, n, k, bits, group, asymmetric, _ in _shapes(False):
             for dtype in (torch.bfloat16, torch.float16) if arch >= 80 else (torch.float16,):

@@ -14,7 +14,10 @@ from torch import Tensor
 from lowbit_kernels.int8_tiles import HOPPER_TILES, Int8Tile, pick_tile
 from lowbit_kernels.tiles import FAMILIES, HOPPER, PDL_ARCH, Problem, Tile
 
-__all__ = ["overlap_checks"]
+__all__ = ["overlap_checks", "overlap_work"]
+
+SIZE = 4096
+"""Rows and columns of each weight, so that the result of one is the input of the next."""
 
 LINKS = 12
 """Launches in a row, each reading what the one before wrote; their memory is given back and taken again."""
@@ -27,28 +30,34 @@ def overlap_checks(
     device: torch.device, dtype: torch.dtype, arch: int, *, tiny: bool, without: Sequence[str] = ()
 ) -> Iterator[Check]:
     """One chain for each fused family, at few and at many tokens, and for W8A8; none where the GPU has no PDL."""
-    if arch < PDL_ARCH or "pdl" in without:
-        return
-    size = 256 if tiny else 4096
-    for m in (3, 70):
+    size = 256 if tiny else SIZE
+    for m, tile in [] if "pdl" in without else _tiles(dtype, arch, size, tiny):
+        if tile.family in without:
+            continue
+        how = partial(_int8_chain if isinstance(tile, Int8Tile) else _packed_chain, size, dtype, device, tile, tiny)
+        kind = f"w8a8 {tile.family}" if isinstance(tile, Int8Tile) else tile.family
+        yield Check(f"overlapping launches, {kind}, M = {m}", partial(_checked, how, m, size, dtype, device, tiny))
+
+
+def overlap_work(dtype: torch.dtype, arch: int) -> Iterator[tuple[Problem, Tile | Int8Tile]]:
+    """Problem and tile of the checks' matmuls, to compile them ahead."""
+    for m, tile in _tiles(dtype, arch, SIZE, False):
+        bits, group = (8, -1) if isinstance(tile, Int8Tile) else (4, 128)
+        for pdl in (False, True):
+            problem = Problem(m, SIZE, SIZE, bits, group, dtype, not isinstance(tile, Int8Tile))
+            yield problem, replace(tile, pdl=pdl)
+
+
+def _tiles(dtype: torch.dtype, arch: int, size: int, tiny: bool) -> Iterator[tuple[int, Tile | Int8Tile]]:
+    """(tokens, tile) of every chain."""
+    for m in (3, 70) if arch >= PDL_ARCH else ():
         for family in FAMILIES:
             tile = family_tile(family, Problem(m, size, size, 4, 128, dtype, True), arch)
-            if family == "dequant" or family in without or tile is None or (family in HOPPER and arch != 90):
-                continue
-            yield Check(
-                f"overlapping launches, {family}, M = {m}",
-                partial(
-                    _checked, partial(_packed_chain, size, dtype, device, tile, tiny), m, size, dtype, device, tiny
-                ),
-            )
-        tiles = {"triton": replace(pick_tile(m, size, size, arch), split_k=1 if tiny else 2)}
-        if arch == 90 and "gluon" not in without:
-            tiles["gluon"] = replace(HOPPER_TILES[0], split_k=2)
-        for family, tile8 in tiles.items():
-            yield Check(
-                f"overlapping launches, w8a8 {family}, M = {m}",
-                partial(_checked, partial(_int8_chain, size, device, tile8, tiny), m, size, dtype, device, tiny),
-            )
+            if family != "dequant" and tile is not None and (family not in HOPPER or arch == 90):
+                yield m, tile
+        yield m, replace(pick_tile(m, size, size, arch), split_k=1 if tiny else 2)
+        if arch == 90:
+            yield m, replace(HOPPER_TILES[0], split_k=2)
 
 
 def _packed_chain(size: int, dtype: torch.dtype, device: torch.device, tile: Tile, tiny: bool) -> Chain:
@@ -73,7 +82,7 @@ def _packed_chain(size: int, dtype: torch.dtype, device: torch.device, tile: Til
     return run
 
 
-def _int8_chain(size: int, device: torch.device, tile: Int8Tile, tiny: bool) -> Chain:
+def _int8_chain(size: int, _: torch.dtype, device: torch.device, tile: Int8Tile, tiny: bool) -> Chain:
     from lowbit_kernels.int8 import int8_linear
 
     weights = [

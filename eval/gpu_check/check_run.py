@@ -118,7 +118,9 @@ class Run:
 
         start = time.monotonic()
         work = [*work_of_checks(self.arch), *work_of_points(self.options.parts, self.arch, self.store.about["gpu"])]
-        jobs = jobs_of((item for item in work if item[1].family not in self.options.without), self.arch)
+        without = self.options.without
+        wanted = (i for i in work if i[1].family not in without and not (i[1].pdl and "pdl" in without))
+        jobs = jobs_of(wanted, self.arch)
         self.say(f"{warm(jobs)} of {len(jobs)} kernels compiled ahead in {time.monotonic() - start:.0f} s")
 
     def correct(self) -> None:
