@@ -20,7 +20,7 @@ TABLES = Path(__file__).resolve().parents[2] / "kernels" / "lowbit_kernels" / "t
 SHAPE = (8192, 8192)
 """The layer a predicted series is made for; it then stands for any shape."""
 FAMILIES = ("triton", "dequant")
-"""The Gluon family synchronises by hand and has not run on hardware: only a measured table picks it."""
+"""The Gluon families synchronise by hand and have not run on hardware: only a measured table picks them."""
 
 
 def table_file(gpu: str) -> str:

@@ -1,6 +1,6 @@
 """Tiles of the int8 matmul: which ones there are, when one may run, and which one runs. Pure functions.
 
-A GPU's table (dispatch.py) has the choices that ``scripts/tune`` measured there. Where it has none, as all that are
+A GPU's table (table.py) has the choices that ``scripts/tune`` measured there. Where it has none, as all that are
 shipped today, a rule chooses, from bytes in flight, registers and shared memory (kernels/README.md).
 """
 

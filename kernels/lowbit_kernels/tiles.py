@@ -1,7 +1,7 @@
 """Which tile a matmul may run with: a problem, a tile, what an architecture offers, and one predicate over the three.
 
 Everything here is a pure function of small frozen values; nothing asks the GPU. Which of the tiles that fit is the
-fastest is measured and kept elsewhere (dispatch.py).
+fastest is measured and kept elsewhere (table.py, which dispatch.py chooses from).
 """
 
 from __future__ import annotations
