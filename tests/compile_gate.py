@@ -37,6 +37,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 import lowbit_kernels
 from lowbit_kernels.cases import CompileCase
+from lowbit_kernels.overlap import launch_options
 from lowbit_kernels.tiles import shared_limit
 from sass_figures import LoopFigures, before_wait, loop_figures
 
@@ -151,11 +152,12 @@ def _compile(case: CompileCase, arch: int) -> tuple[Any, str, str]:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
     )
     log = io.StringIO()
+    options = {**launch_options(), **case.options}
     with tempfile.TemporaryDirectory() as scratch, triton.knobs.cache.scope(), triton.knobs.nvidia.scope():
         triton.knobs.cache.dir = scratch
         triton.knobs.nvidia.dump_ptxas_log = True
         with contextlib.redirect_stdout(log):
-            kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(case.options))
+            kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         cubin = Path(scratch) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
         return kernel, _disassemble(cubin), log.getvalue()

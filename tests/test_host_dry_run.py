@@ -21,6 +21,7 @@ sys.path[:0] = [str(ROOT / "eval" / "gpu_check"), str(ROOT / "eval")]
 
 import bench_generate  # noqa: E402
 import check_correct  # noqa: E402
+import check_device  # noqa: E402
 import check_machinery  # noqa: E402
 import check_main  # noqa: E402
 import check_time  # noqa: E402
@@ -30,11 +31,12 @@ from triton.compiler.errors import CompilationError  # noqa: E402
 from tune_table import shipped_tiles  # noqa: E402
 
 from fake_gpu import GpuTensor, fake_gpu  # noqa: E402
-from lowbit_kernels import epilogue, weight_only  # noqa: E402
+from lowbit_kernels import checks, dispatch, epilogue, weight_only  # noqa: E402
 from lowbit_kernels.hopper_plan import gluon_why_not  # noqa: E402
 from lowbit_kernels.int8 import int8_linear, int8_matmul  # noqa: E402
-from lowbit_kernels.int8_tiles import HOPPER_TILES, TILES, Int8Tile  # noqa: E402
-from lowbit_kernels.tiles import FAMILIES, Problem, Tile, fits  # noqa: E402
+from lowbit_kernels.int8_tiles import HOPPER_TILES, TILES, Int8Tile, pick_tile  # noqa: E402
+from lowbit_kernels.table import parse_table  # noqa: E402
+from lowbit_kernels.tiles import FAMILIES, HOPPER, Problem, Tile, fits  # noqa: E402
 
 BF16 = torch.bfloat16
 CUDA = torch.device("cuda")
@@ -108,6 +110,57 @@ def test_every_int8_tile_is_launched_with_the_right_arguments(gpu):
     assert out.shape == (3, 8) and [launch.kernel for launch in gpu.launches[-2:]] == [
         "_quantize_kernel", "_int8_matmul_kernel"
     ]  # fmt: skip
+
+
+# --- a Triton whose Gluon is another
+
+
+@pytest.fixture(params=["3.5.1", "3.10.0+git1a2b3c", "no module"])
+def without_gluon(request, monkeypatch):
+    if request.param == "no module":
+        monkeypatch.setitem(sys.modules, "triton.experimental.gluon.language.nvidia.hopper", None)
+    else:
+        monkeypatch.setattr("triton.__version__", request.param)
+    checks.gluon_missing.cache_clear()
+    yield request.param
+    checks.gluon_missing.cache_clear()
+
+
+def test_without_gluon_a_table_that_picks_it_is_served_by_triton(without_gluon, gpu, monkeypatch):
+    """The same results, by other kernels; a tile in Gluon that is asked for is refused, with the reason."""
+    about = {"version": 1, "gpu": "a GPU", "arch": 90, "source": "measured", "about": {"driver": "1"}}
+    about["chip"] = {"multiprocessors": 132}
+    any_size = {"n": None, "k": None, "m": None}
+    for family, tile in (("gluon", (16, 128, 1, 4, 3)), ("scaled", (64, 128, 1, 8, 3))):
+        rows = [{"bits": bits, "group": None, **any_size, "tile": [family, *tile]} for bits in (2, 4, 8)]
+        int8_rows = [{**any_size, "tile": [64, 128, 128, 1, 8, 3, "gluon"]}]
+        measured = parse_table({**about, "rows": rows, "int8_rows": int8_rows}, "x")
+        monkeypatch.setattr("lowbit_kernels.dispatch.table_for", lambda *_, found=measured: found)
+        monkeypatch.setattr("lowbit_kernels.int8_tiles.table_for", lambda *_, found=measured: found)
+        dispatch._choose.cache_clear()
+        pick_tile.cache_clear()
+        problem = Problem(5, 48, 256, 4, 128, BF16)
+        packed, x = packed_and_x(problem)
+        for invariant in (False, True):
+            out = packed(x, batch_invariant=invariant)
+            assert relative_rms(out, reference(x, packed)) < 4e-3
+        codes = torch.randint(-128, 128, (48, 256), dtype=torch.int8, device=CUDA)
+        assert int8_linear(x, codes, torch.ones(48, device=CUDA), None, None, None).shape == (5, 48)
+        with pytest.raises(RuntimeError, match="Gluon kernels need triton"):
+            packed(x, tile=Tile(family, *tile))
+    assert not {launch.kernel for launch in gpu.launches} & {"hopper_kernel", "scaled_kernel", "int8_hopper_kernel"}
+    dispatch._choose.cache_clear()
+    pick_tile.cache_clear()
+
+
+def test_without_gluon_the_scripts_leave_it_out_and_say_so(without_gluon, capsys):
+    assert not shipped_tiles(90, HOPPER) and shipped_tiles(90, ("triton",))
+    assert check_device.without_gluon(("pdl",)) == ("pdl", "gluon", "scaled")
+    said = capsys.readouterr().err
+    assert said.startswith("left out: gluon, scaled: the Gluon kernels need triton") and said.count("\n") == 1
+    version = without_gluon if without_gluon[0] == "3" else "nvidia.hopper"
+    assert version in said
+    assert check_device.without_gluon(HOPPER) == HOPPER and not capsys.readouterr().err
 
 
 # --- what would go wrong on a GPU shows here

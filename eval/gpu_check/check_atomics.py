@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowbit_kernels.epilogue import tile_origin
 from lowbit_kernels.operands import SUMS_LOADED
+from lowbit_kernels.overlap import launch_options
 from lowbit_kernels.product import tile_product
 from lowbit_kernels.tiles import Tile, cdiv
 from lowbit_kernels.weight_only import constants, device_arch
@@ -62,6 +63,6 @@ def atomic_matmul(packed: Packed, x: Tensor, tile: Tile) -> Tensor:
     count = cdiv(problem.m, tile.block_m) * cdiv(packed.n, tile.block_n)
     _atomic_kernel[(count, tile.split_k)](
         x, packed.tiles, packed.scales_gn, zeros, out, M=problem.m, N=packed.n, **constexprs,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(),
     )  # fmt: skip
     return out

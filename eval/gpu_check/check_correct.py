@@ -16,6 +16,7 @@ from torch import Tensor
 from tune_model import CHIPS, predict
 from tune_table import shipped_tiles
 
+from lowbit_kernels.checks import gluon_missing
 from lowbit_kernels.dispatch import choose, fill_split
 from lowbit_kernels.int8_tiles import Int8Tile
 from lowbit_kernels.tiles import FAMILIES, HOPPER, Problem, Tile, cdiv, fits, step_columns
@@ -158,7 +159,8 @@ def _compare(packed: Packed, x: Tensor, tile: Tile | None, bias: Tensor | None, 
     with poisoned_empty():
         out = packed(x, bias, tile=tile)
     if tile is None:
-        tile = choose(packed.problem(len(x)), device_arch(x.device), gpu_name=gpu_name(x.device))
+        hopper = gluon_missing() is None
+        tile = choose(packed.problem(len(x)), device_arch(x.device), gpu_name=gpu_name(x.device), hopper=hopper)
     expected = reference(x, packed, bias)
     if out.shape != expected.shape or out.dtype != x.dtype:
         raise CheckFailed(f"{where}: got {tuple(out.shape)} {out.dtype}, expected {tuple(expected.shape)} {x.dtype}")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import platform
 import subprocess
+import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["ROOT", "NoGpu", "about", "clocks", "require_gpu", "sources"]
+__all__ = ["ROOT", "NoGpu", "about", "clocks", "require_gpu", "sources", "without_gluon"]
 
 ROOT = Path(__file__).resolve().parents[2]
 MIN_ARCH = 75
@@ -31,6 +33,18 @@ def require_gpu() -> torch.device:
     if 10 * major + minor < MIN_ARCH:
         raise NoGpu(f"{torch.cuda.get_device_name()} is sm_{major}{minor}; the kernels need sm_{MIN_ARCH} or newer")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def without_gluon(without: Sequence[str]) -> tuple[str, ...]:
+    """What is left out; the families in Gluon, too, with a line on stderr, where this Triton has no Gluon for them."""
+    from lowbit_kernels.checks import gluon_missing
+    from lowbit_kernels.tiles import HOPPER
+
+    missing = gluon_missing()
+    if missing is None or set(HOPPER) <= set(without):
+        return tuple(without)
+    print(f"left out: {', '.join(HOPPER)}: {missing}", file=sys.stderr)
+    return (*without, *(family for family in HOPPER if family not in without))
 
 
 def about(device: torch.device, *, tiny: bool = False) -> dict[str, Any]:

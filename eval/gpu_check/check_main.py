@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     if options.interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: it decides when a kernel is defined
-    from check_device import NoGpu, about, require_gpu
+    from check_device import NoGpu, about, require_gpu, without_gluon
     from check_run import Run, plan
 
     if options.dry_run:
@@ -87,6 +87,7 @@ def main(arguments: Sequence[str]) -> int:
     except NoGpu as error:
         print(f"scripts/gpu_check: {error}", file=sys.stderr)
         return USAGE
+    options.without = without_gluon(options.without)
     if options.sanitized_launches:
         from check_machinery import sanitized_launches
 

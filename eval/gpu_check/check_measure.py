@@ -21,6 +21,7 @@ from check_stats import COLD_BYTES, copies_for, interleaved
 from check_time import GraphTimer
 from torch import Tensor
 
+from lowbit_kernels.checks import gluon_missing
 from lowbit_kernels.dispatch import choose
 from lowbit_kernels.int8_tiles import HOPPER_TILES, Int8Tile, fill_split, pick_tile
 from lowbit_kernels.tiles import FAMILIES, HOPPER, PDL_ARCH, Problem, Tile
@@ -132,7 +133,7 @@ def _weight_only_contestants(
         errors[name] = _checked(first, x, tile, f"{point.case}, {name}")
         runs[name] = [_bound(packed, x, tile) for packed in weights]
         tiles[name] = str(tile)
-    chosen = choose(problem, arch, gpu_name=gpu)
+    chosen = choose(problem, arch, gpu_name=gpu, hopper=gluon_missing() is None)
     if has_atomic_form(first, point.m, chosen):
         runs["lowbit with atomics"] = [_bound_atomic(packed, x, chosen) for packed in weights]
         tiles["lowbit with atomics"] = str(chosen)
@@ -152,7 +153,7 @@ def _weight_only_contestants(
 
 def _lowbit_tiles(problem: Problem, arch: int, gpu: str) -> dict[str, Tile]:
     """The dispatcher's choice, and each family's most promising tile where it is another one."""
-    chosen = choose(problem, arch, gpu_name=gpu)
+    chosen = choose(problem, arch, gpu_name=gpu, hopper=gluon_missing() is None)
     found = {"lowbit": chosen}
     for family in FAMILIES:
         if family in HOPPER and arch != 90:
@@ -223,7 +224,7 @@ def _int8_contestants(
     }
     others: dict[str, tuple[Int8Tile, Callable[[Tensor], Tensor]]] = {}
     if arch >= PDL_ARCH and x.shape[0] <= PDL_TOKENS and "pdl" not in without:
-        chosen = pick_tile(x.shape[0], n, k, arch, gpu)
+        chosen = pick_tile(x.shape[0], n, k, arch, gpu, gluon_missing() is None)
         other = replace(chosen, pdl=not chosen.pdl)
         others[f"lowbit {'pdl' if other.pdl else 'without pdl'}"] = other, partial(ours, tile=other)
     if arch == 90 and "gluon" not in without and k % 16 == 0:

@@ -218,7 +218,7 @@ def tune(options: argparse.Namespace) -> int:
     """Measure what is missing, write the table; the exit status."""
     import torch
     from check_correct import CheckFailed
-    from check_device import NoGpu, about, require_gpu
+    from check_device import NoGpu, about, require_gpu, without_gluon
 
     try:
         device = require_gpu()
@@ -226,6 +226,7 @@ def tune(options: argparse.Namespace) -> int:
     except (NoGpu, FileExistsError, ValueError) as error:
         print(f"scripts/tune: {error}", file=sys.stderr)
         return USAGE
+    options.without = without_gluon(options.without)
     arch, count = store.about["arch"], torch.cuda.get_device_properties(device).multi_processor_count
     dtype = torch.bfloat16 if arch >= 80 else torch.float16
     print(plan(options, arch, count, dtype), file=sys.stderr)

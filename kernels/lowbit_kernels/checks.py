@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 from torch import Tensor
@@ -9,11 +11,34 @@ from torch import Tensor
 from .layout import tiles_shape
 from .tiles import BITS, GROUPS, MIN_ARCH, Problem
 
-__all__ = ["ALIGNMENT", "FLOATS", "check_arguments", "check_device", "check_tensor"]
+__all__ = [
+    "ALIGNMENT",
+    "FLOATS",
+    "GLUON_RELEASES",
+    "check_arguments",
+    "check_device",
+    "check_tensor",
+    "gluon_missing",
+]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 ALIGNMENT = 16
 """Bytes: what a lane loads at a time."""
+GLUON_RELEASES = ((3, 6), (3, 9))
+"""First and last release of Triton that the Gluon kernels were compiled and emulated with (README.md)."""
+
+
+@lru_cache(maxsize=1)  # a launch asks every time
+def gluon_missing() -> str | None:
+    """Why this Triton cannot run the kernels in Gluon, which is experimental and changes with releases; or None."""
+    first, last = GLUON_RELEASES
+    if not first <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= last:
+        return f"the Gluon kernels need triton {first[0]}.{first[1]} to {last[0]}.{last[1]}, got {triton.__version__}"
+    try:
+        from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma  # noqa: F401
+    except ImportError as error:
+        return f"the Gluon kernels need triton.experimental.gluon: {error}"
+    return None
 
 
 def check_arguments(

@@ -40,7 +40,7 @@ def choose(
     *,
     gpu_name: str | None = None,
     batch_invariant: bool = False,
-    aligned: bool = True,
+    hopper: bool = True,
 ) -> Tile:
     """The tile to run ``problem`` with; the same arguments always give the same tile, and it always fits.
 
@@ -49,14 +49,15 @@ def choose(
         gpu_name: the driver's name of the GPU; None, or one without a table, takes the nearest architecture's.
         batch_invariant: choose without looking at ``problem.m``, never cuBLAS and never split_k (whose workspace limits
             M), so that a row of the result does not depend on how many rows there are.
-        aligned: whether scales and zeros start at multiples of 16 bytes, as the HOPPER families need.
+        hopper: whether the families of HOPPER may be chosen: Triton has their Gluon (checks.gluon_missing), and scales
+            and zeros start at multiples of 16 bytes.
 
     Raises:
         ValueError: nothing can run the problem on this architecture.
     """
     if batch_invariant:
         problem = replace(problem, m=INVARIANT_TOKENS)
-    return _choose(problem, arch, gpu_name, batch_invariant, aligned)
+    return _choose(problem, arch, gpu_name, batch_invariant, hopper)
 
 
 def fill_split(tile: Tile, problem: Problem, arch: int, multiprocessors: int) -> int:
@@ -94,7 +95,7 @@ def fill_shares(tiles: int, steps: int, multiprocessors: int) -> int:
 
 
 @lru_cache(maxsize=8192)
-def _choose(problem: Problem, arch: int, gpu_name: str | None, fused_only: bool, aligned: bool) -> Tile:
+def _choose(problem: Problem, arch: int, gpu_name: str | None, fused_only: bool, hopper: bool) -> Tile:
     reason = why_not(Tile("dequant", 1, 16), problem, arch)
     if reason is not None:  # the family that needs least cannot run: nothing can
         raise ValueError(f"no kernel runs {problem} on sm_{arch}: {reason}")
@@ -109,7 +110,7 @@ def _choose(problem: Problem, arch: int, gpu_name: str | None, fused_only: bool,
     tile = row.tile
     if fused_only and tile.family == "dequant":
         tile = next(row.tile for row in reversed(rows) if row.tile.family != "dequant")
-    if tile.family in HOPPER and (arch != 90 or not aligned):
+    if tile.family in HOPPER and (arch != 90 or not hopper):
         tile = replace(tile, family="triton") if tile.family == "gluon" or fused_only else Tile("dequant", 1, 16)
     same_shape = key[2:] == (problem.n, problem.k)
     found = _fitted(tile, same_shape, problem, arch, table.multiprocessors, fused_only)

@@ -197,7 +197,7 @@ def widen(part: Tensor, out: Tensor, tokens: Tensor, rows: Tensor, bias: Tensor 
     m, count = part.shape
     widen_kernel[(cdiv(count, BLOCK_N), cdiv(m, BLOCK_M))](
         part, out, tokens, rows, tokens if bias is None else bias, M=m, N=part.stride(0), ROWS=count,
-        HAS_BIAS=bias is not None, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=8,
+        HAS_BIAS=bias is not None, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=8, **launch_options(),
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .cases import CompileCase
-from .checks import check_arguments
+from .checks import check_arguments, gluon_missing
 from .epilogue import workspace
 from .hopper_plan import gluon_shared_bytes, reps
 from .overlap import launch_options
@@ -160,11 +160,11 @@ def _launch(
 
 def gluon_language() -> Any:
     """Gluon's language module; RuntimeError where Triton has none that this was written for."""
-    try:
-        from triton.experimental.gluon import language
-        from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma  # noqa: F401
-    except ImportError as error:
-        raise RuntimeError(f"the gluon family needs triton 3.6's triton.experimental.gluon: {error}") from error
+    missing = gluon_missing()
+    if missing is not None:
+        raise RuntimeError(missing)
+    from triton.experimental.gluon import language
+
     return language
 
 
@@ -323,7 +323,9 @@ def integer_budget(problem: Problem) -> float:
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every shape of tile, and for the widest each kind of weight."""
+    """Every shape of tile, and for the widest each kind of weight. None where Triton has no Gluon for them."""
+    if gluon_missing() is not None:
+        return []
     fp16, bf16 = torch.float16, torch.bfloat16
     middle, few = SHIPPED[3], SHIPPED[2]
     eight, grouped = Tile("gluon", 64, 256, 2, 8, 4), Tile("gluon", 64, 128, 2, 8, 5)

@@ -41,6 +41,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import hopper_plan
+from .gluon_names import barrier
 from .hopper_ring import (
     fill_slot,
     piece_fragment,
@@ -179,9 +180,9 @@ def _finish(
         for rep in gl.static_range(REPS):
             gl.store(base + (split * SIZE + rep * 64 * BLOCK_M) + place, accs[rep])
         # all stores of the warpgroup, then the one thread that releases them (cumulatively) and acquires the others'
-        gl.thread_barrier()
+        barrier()
         store = gl.atomic_add(counters_ptr + own, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1
-        gl.thread_barrier()
+        barrier()
     if store:
         for rep in gl.static_range(REPS):
             acc = accs[rep]

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from . import hopper_plan
+from .gluon_names import async_load
 from .hopper_operand import centre_of, factor_of, fragment_of, load_words
 from .overlap import to_l2
 
@@ -55,13 +56,13 @@ def fill_slot(
     bar = full.index(slot)
     mbarrier.wait(empty.index(slot), slot_phase(i, STAGES) ^ 1)
     mbarrier.expect(bar, BYTES)
-    tma.async_copy_global_to_shared(w_desc, [row // 16, step * UNITS * 8, 0], bar, w_ring.index(slot))
-    tma.async_copy_global_to_shared(x_desc, [token, step * 128], bar, x_ring.index(slot))
+    async_load(w_desc, [row // 16, step * UNITS * 8, 0], bar, w_ring.index(slot))
+    async_load(x_desc, [token, step * 128], bar, x_ring.index(slot))
     for run in gl.static_range(RUNS):
         at = _group_of(step, run, K, GROUP, RUNS) * N + row
-        tma.async_copy_global_to_shared(s_desc, [at], bar, s_ring.index(slot * RUNS + run))
+        async_load(s_desc, [at], bar, s_ring.index(slot * RUNS + run))
         if HAS_ZEROS:
-            tma.async_copy_global_to_shared(z_desc, [at], bar, z_ring.index(slot * RUNS + run))
+            async_load(z_desc, [at], bar, z_ring.index(slot * RUNS + run))
 
 
 @gluon.jit

@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .cases import ARCHITECTURES, CompileCase
-from .checks import FLOATS, check_device, check_tensor
+from .checks import FLOATS, check_device, check_tensor, gluon_missing
 from .epilogue import last_to_arrive, store_tile, tile_origin, workspace
 from .int8_product import int8_product, scaled
 from .int8_quantize import quantize_activations
@@ -144,7 +144,7 @@ def int8_matmul(
     (m, k), n, arch = x_q.shape, w_q.shape[0], device_arch(x_q.device)
     if tile is None:
         aligned = x_q.data_ptr() % 16 == w_q.data_ptr() % 16 == 0
-        tile = pick_tile(m, n, k, arch, gpu_name(x_q.device), aligned)
+        tile = pick_tile(m, n, k, arch, gpu_name(x_q.device), aligned and gluon_missing() is None)
     elif (reason := why_not(tile, m, n, k, arch)) is not None:
         raise ValueError(f"{tile} cannot multiply ({m}, {k}) by ({n}, {k}) on sm_{arch}: {reason}")
     out = torch.empty(m, n, dtype=out_dtype, device=x_q.device)

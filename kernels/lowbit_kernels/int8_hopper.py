@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .cases import CompileCase
+from .checks import gluon_missing
 from .epilogue import workspace
 from .hopper import gluon_language
 from .int8_tiles import HOPPER_TILES, Int8Tile, shared_bytes
@@ -140,6 +141,11 @@ def compile_case(tile: Int8Tile, name: str, asymmetric: bool) -> CompileCase:
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every tile, and the widest with zeros. A float32 result is not claimed: it spills three words per tile."""
+    """Every tile, and the widest with zeros; none where Triton has no Gluon for them.
+
+    A float32 result is not claimed: it spills three words per tile.
+    """
+    if gluon_missing() is not None:
+        return []
     widest = replace(HOPPER_TILES[-1], pdl=True)
     return [*(compile_case(tile, "bf16", False) for tile in HOPPER_TILES), compile_case(widest, "fp16", True)]

@@ -18,11 +18,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from .gluon_names import async_load
 from .hopper_ring import prefetch, slot_of, slot_phase, store_rows
 from .overlap import let_next_begin, wait_for_previous
 from .shared_tiles import banded_tile, last_of, segment_of, segments_of, sum_of
@@ -46,8 +46,8 @@ def _produce(
             bar = full.index(slot)
             mbarrier.wait(empty.index(slot), slot_phase(i, STAGES) ^ 1)
             mbarrier.expect(bar, x_desc.block_type.nbytes + w_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(w_desc, [row_tile * 128, step * 128], bar, w_ring.index(slot))
-            tma.async_copy_global_to_shared(x_desc, [token_tile * BLOCK_M, step * 128], bar, x_ring.index(slot))
+            async_load(w_desc, [row_tile * 128, step * 128], bar, w_ring.index(slot))
+            async_load(x_desc, [token_tile * BLOCK_M, step * 128], bar, x_ring.index(slot))
             i += 1
 
 

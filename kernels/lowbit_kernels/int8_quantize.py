@@ -185,8 +185,8 @@ def quantize_activations(
             x_scale if row_sums is None else row_sums,
             **_constants(k, static is not None, sums, per_token=static is not None and static.numel() > 1),
             PDL=pdl,
-            **_options(k),
-            **launch_options(pdl),
+            num_warps=_warps(k),
+            **launch_options(pdl, fuse=False),
         )
     return x_q, x_scale, row_sums
 
@@ -199,9 +199,9 @@ def _block(k: int) -> int:
     return min(LARGEST_BLOCK, max(32, 1 << (k - 1).bit_length()))
 
 
-def _options(k: int) -> dict[str, int | bool]:
-    """Sixteen columns per thread: two loads of 16 bytes. No contraction, see the module's docstring."""
-    return {"num_warps": max(1, min(16, _block(k) // 512)), "enable_fp_fusion": False}
+def _warps(k: int) -> int:
+    """Sixteen columns per thread: two loads of 16 bytes."""
+    return max(1, min(16, _block(k) // 512))
 
 
 def compile_cases() -> list[CompileCase]:
@@ -223,7 +223,7 @@ def compile_cases() -> list[CompileCase]:
                 | dict.fromkeys(constexprs, "constexpr"),
                 constexprs=constexprs,
                 divisible=tuple(pointers),
-                options=_options(k),
+                options={"num_warps": _warps(k), **launch_options(fuse=False)},
                 kind="quantize",
                 wide_copies=False,
             )

@@ -131,28 +131,28 @@ def _gluon_why_not(tile: Int8Tile, m: int, n: int, k: int, arch: int) -> str | N
 
 
 @lru_cache(maxsize=4096)
-def pick_tile(m: int, n: int, k: int, arch: int, gpu_name: str | None = None, aligned: bool = True) -> Int8Tile:
+def pick_tile(m: int, n: int, k: int, arch: int, gpu_name: str | None = None, hopper: bool = True) -> Int8Tile:
     """The tile to run with; the same arguments always give the same tile, and it always fits.
 
     What the GPU's table has for the nearest shape, if that fits. Otherwise the narrowest tile that holds all tokens, so
     that a weight is read once; from 129 tokens on the widest that leaves no multiprocessor idle. Programs that are
-    fewer than the multiprocessors share columns. None in Gluon unless ``aligned``: both operands start at multiples of
-    16 bytes.
+    fewer than the multiprocessors share columns. None in Gluon unless ``hopper``: Triton has it (checks.gluon_missing),
+    and both operands start at multiples of 16 bytes.
 
     Raises:
         ValueError: the architecture has no int8 tensor cores that Triton supports.
     """
     if arch < MIN_ARCH:
         raise ValueError(why_not(TILES[0], m, n, k, arch))
-    return replace(_picked(m, n, k, arch, table_for(arch, gpu_name), aligned), pdl=uses_pdl(arch, gpu_name))
+    return replace(_picked(m, n, k, arch, table_for(arch, gpu_name), hopper), pdl=uses_pdl(arch, gpu_name))
 
 
-def _picked(m: int, n: int, k: int, arch: int, table: Table, aligned: bool) -> Int8Tile:
+def _picked(m: int, n: int, k: int, arch: int, table: Table, hopper: bool) -> Int8Tile:
     multiprocessors = table.multiprocessors
     if table.int8:
         key = min(table.int8, key=lambda key: (shape_distance(key[0], key[1], n, k), repr(key)))
         measured = _measured(table.int8[key], key == (n, k), m, n, k, multiprocessors)
-        if why_not(measured, m, n, k, arch) is None and (aligned or measured.family == "triton"):
+        if why_not(measured, m, n, k, arch) is None and (hopper or measured.family == "triton"):
             return measured
     allowed = fitting(arch)
     tile = next((tile for tile in allowed if tile.block_m >= m), None)

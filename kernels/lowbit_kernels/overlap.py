@@ -28,9 +28,13 @@ import triton.language as tl
 __all__ = ["launch_options", "let_next_begin", "prefetch", "prefetch_weight", "to_l2", "wait_for_previous"]
 
 
-def launch_options(pdl: bool) -> dict[str, Any]:
-    """Launch keywords. Without PDL there are none: a Triton that does not know it runs all else."""
-    return {"launch_pdl": True} if pdl else {}
+def launch_options(pdl: bool = False, *, fuse: bool = True) -> dict[str, Any]:
+    """Keywords of every launch.
+
+    Args:
+        fuse: multiply and add in one rounding. Triton 3.10 will not unless told, as 3.9 warns.
+    """
+    return {"enable_fp_fusion": fuse, "launch_pdl": True} if pdl else {"enable_fp_fusion": fuse}
 
 
 @triton.jit

@@ -24,6 +24,7 @@ from .cases import CompileCase
 from .halves import to_halves, widen
 from .layout import tiles_shape, unit_columns
 from .operands import of_run, step_scales, word_offsets
+from .overlap import launch_options
 from .tiles import Problem, cdiv, run_columns
 from .unpack import conversion, raw_offset, unpack_columns
 
@@ -120,6 +121,7 @@ def dequantize_rows(
         rows=rows,
         **_constants(bits, group_size, n, k, out.dtype, zeros is not None, factors is not None, interpreted),
         num_warps=4,
+        **launch_options(),
     )
 
 

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .layout import unit_columns
+from .overlap import launch_options
 from .tiles import cdiv
 
 __all__ = ["loaded_sums", "run_sums_kernel"]
@@ -37,5 +38,7 @@ def loaded_sums(x: Tensor, bits: int, run: int) -> Tensor:
     columns = unit_columns(bits)
     runs = cdiv(k, columns) * columns // run
     sums = torch.empty(runs, m, dtype=torch.float32, device=x.device)
-    run_sums_kernel[(m, cdiv(runs, 32))](x, sums, M=m, K=k, RUN=run, RUNS=runs, BLOCK=32, num_warps=4)
+    run_sums_kernel[(m, cdiv(runs, 32))](
+        x, sums, M=m, K=k, RUN=run, RUNS=runs, BLOCK=32, num_warps=4, **launch_options()
+    )
     return sums

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from .cases import CompileCase
+from .checks import gluon_missing
 from .epilogue import workspace
 from .halves import to_halves
 from .hopper import (
@@ -231,7 +232,9 @@ def compile_case(tile: Tile, problem: Problem) -> CompileCase:
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every shape of tile, and for the widest each kind of weight."""
+    """Every shape of tile, and for the widest each kind of weight. None where Triton has no Gluon for them."""
+    if gluon_missing() is not None:
+        return []
     fp16, bf16 = torch.float16, torch.bfloat16
     _, few, half, many = SHIPPED
     eight, few_eight = Tile("scaled", 128, 256, 1, 8, 3), Tile("scaled", 64, 256, 1, 8, 4)

@@ -10,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from . import scaled_plan
+from .gluon_names import barrier
 
 __all__ = ["banded_tile", "last_of", "segment_of", "segments_of", "sum_of"]
 
@@ -35,9 +36,9 @@ def last_of(
         _first_sharer(left * steps + steps - 1, left_steps, sharers),
     )
     # all stores of the warpgroup, then the one thread that releases them (cumulatively) and acquires the others'
-    gl.thread_barrier()
+    barrier()
     arrived = gl.atomic_add(counters_ptr + left * 2 + WARPGROUP, 1, sem="acq_rel", scope="gpu")
-    gl.thread_barrier()
+    barrier()
     return arrived == last - first
 
 

@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_arguments
+from .checks import check_arguments, gluon_missing
 from .epilogue import last_to_arrive, store_tile, sum_of_partials, tile_origin, workspace
 from .layout import from_tiles, tiles_shape
 from .operands import NO_SUMS, SUMS_BY_ADDS, SUMS_BY_DOT, SUMS_LOADED
@@ -206,8 +206,9 @@ def weight_only_matmul(
         from .dispatch import choose
 
         aligned = scales.data_ptr() % 16 == 0 and (zeros is None or zeros.data_ptr() % 16 == 0)
+        hopper = aligned and gluon_missing() is None
         name = gpu_name(x.device)
-        tile = choose(problem, arch, gpu_name=name, batch_invariant=batch_invariant, aligned=aligned)
+        tile = choose(problem, arch, gpu_name=name, batch_invariant=batch_invariant, hopper=hopper)
     reason = why_not(tile, problem, arch)
     if reason is not None:
         raise ValueError(f"{tile} cannot run {problem} on sm_{arch}: {reason}")
