@@ -186,6 +186,32 @@ def test_a_commands_imports_are_not_collected_and_what_comes_after_is():
     assert done.stdout.split() == ["2", "True", "True", "True"], done.stderr
 
 
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("raised, status", [("None", 0), ("ValueError('no')", 2), ("ZeroDivisionError('no')", 1)])
+def test_a_process_of_the_commands_own_frees_nothing_and_skips_nothing_else(own, raised, status):
+    """Handlers of others run, what is buffered is written, the status is the command's; objects are not freed."""
+    code = f"""
+        import atexit, os, sys, threading, time
+        import lowbit.cli
+        class Freed:
+            def __del__(self, write=os.write): write(1, b"freed")
+        kept = Freed()
+        def work(*_, **__):
+            atexit.register(print, "handler", end=" ")
+            threading.Thread(target=lambda: (time.sleep(0.2), print("thread", end=" "))).start()
+            if {raised}: raise {raised}
+            return type("Report", (), dict(to_dict=dict, __str__=lambda self: "done"))()
+        lowbit.inspect = work
+        sys.argv = ["lowbit", "inspect", "m"]
+        sys.exit(lowbit.cli.main({"" if own else "sys.argv[1:]"}))
+    """
+    line = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(line, capture_output=True, text=True, env=ENV, timeout=120)
+    said = ["done"] * (status == 0) + ["thread", "handler"] + ["freed"] * (not own)
+    assert (done.returncode, done.stdout.split()) == (status, said), done.stderr
+    assert ("Traceback" in done.stderr) == (status == 1)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings are Linux's")
 @pytest.mark.parametrize("given", [None, "glibc.malloc.arena_max=2"])
 @pytest.mark.parametrize("command", ["quantize", "eval"])
