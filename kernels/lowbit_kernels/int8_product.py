@@ -35,7 +35,7 @@ def int8_product(
     tokens = tl.minimum(token + tl.arange(0, BLOCK_M), end - 1)
     begin = split * MINE
     w_ptrs = w_ptr + (rows * K)[:, None] + columns[None, :] + begin.to(tl.int64) * BLOCK_K
-    x_ptrs = x_ptr + (tokens * K)[None, :] + columns[:, None] + begin.to(tl.int64) * BLOCK_K
+    x_ptrs = x_ptr + (tokens * K)[:, None] + columns[None, :] + begin.to(tl.int64) * BLOCK_K
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
     for step in tl.range(begin, tl.minimum(begin + MINE, STEPS), num_stages=STAGES):
         if K % BLOCK_K == 0:
@@ -43,8 +43,8 @@ def int8_product(
         else:
             left = K - step * BLOCK_K
             w = tl.load(w_ptrs, mask=(columns < left)[None, :], other=0)
-            x = tl.load(x_ptrs, mask=(columns < left)[:, None], other=0)
-        acc = tl.dot(w, x, acc, out_dtype=tl.int32)
+            x = tl.load(x_ptrs, mask=(columns < left)[None, :], other=0)
+        acc = tl.dot(w, tl.trans(x), acc, out_dtype=tl.int32)
         w_ptrs += BLOCK_K
         x_ptrs += BLOCK_K
     return acc
