@@ -8,13 +8,11 @@ is gone), so where the pick is slower than it, the table says by how much.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import lowbit_kernels
+from lowbit_kernels.cases import shipped_cases
 from lowbit_kernels.tiles import Problem, Tile
 
 __all__ = ["M_BUCKETS", "NOISE", "Pick", "pick", "rows_of", "shipped_tiles", "table"]
@@ -106,10 +104,8 @@ def shipped_tiles(
         problem, fits: when given, only the tiles that fit the problem.
     """
     found: dict[Tile, None] = {}
-    for info in pkgutil.iter_modules(lowbit_kernels.__path__):
-        ship = getattr(importlib.import_module(f"lowbit_kernels.{info.name}"), "compile_cases", None)
-        for case in ship() if ship else ():
-            tile = case.extra.get("tile")
-            if isinstance(tile, Tile) and tile.family in families and arch in case.archs:
-                found[Tile(tile.family, tile.block_m, tile.block_n, 1, tile.num_warps, tile.num_stages)] = None
+    for _, case in shipped_cases():
+        tile = case.extra.get("tile")
+        if isinstance(tile, Tile) and tile.family in families and arch in case.archs:
+            found[Tile(tile.family, tile.block_m, tile.block_n, 1, tile.num_warps, tile.num_stages)] = None
     return [tile for tile in found if problem is None or fits is None or fits(tile, problem, arch)]

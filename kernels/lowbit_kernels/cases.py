@@ -3,15 +3,33 @@
 Every module with a jit kernel has ``compile_cases() -> list[CompileCase]``: pure, no device, no compilation. The tests
 (tests/compile_gate.py) compile each case for each architecture it is meant for and read what came out: spills, shared
 memory, the tensor core instructions of the main loop, and how many other instructions it spends on a weight.
+:func:`shipped_cases` lists them all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ARCHITECTURES", "CompileCase"]
+from .checks import LEAST_TOKENS
+
+__all__ = ["ARCHITECTURES", "MODULES", "CompileCase", "shipped_cases"]
+
+MODULES = (
+    "grouped",
+    "grouped_int8",
+    "halves",
+    "hopper",
+    "int8",
+    "int8_hopper",
+    "int8_quantize",
+    "prefill",
+    "scaled",
+    "weight_only_cases",
+)
+"""Those with ``compile_cases()``. None of them needs Gluon to be imported."""
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 """Compute capabilities, as 10 * major + minor, that every case is compiled for unless it names others."""
@@ -64,3 +82,11 @@ class CompileCase:
     wide_copies: bool = True
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Anything else a reader of a failure should see, such as the tile."""
+
+
+def shipped_cases() -> Iterator[tuple[str, CompileCase]]:
+    """Every case of every module that this Triton can compile, with the module's name."""
+    for module in MODULES:
+        for case in importlib.import_module(f".{module}", __package__).compile_cases():
+            if not 0 < case.tokens < LEAST_TOKENS:
+                yield module, case

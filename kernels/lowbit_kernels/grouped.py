@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .cases import ARCHITECTURES, CompileCase
-from .checks import check_arguments
+from .checks import check_arguments, wide_enough
 from .epilogue import store_tile, tile_origin
 from .grouped_routing import check_routing, routed_case, routing_constants, rows_by_weight, tile_of_rows, token_tiles
 from .grouped_tiles import MIN_ARCH, grouped_tile
@@ -159,6 +159,7 @@ def grouped_matmul(
     if tile is None:
         name = gpu_name(x.device)
         tile = grouped_tile(problem, ends.shape[0], arch, gpu_name=name, batch_invariant=batch_invariant)
+    tile = wide_enough(tile)
     reason = why_not(tile, problem, arch)
     if reason is None and (tile.family != "triton" or tile.split_k != 1):
         reason = "experts share the grid: family triton and split_k 1"

@@ -46,32 +46,53 @@ def scale_rows(ptr, group, N, first_row, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _one_run(ptr, run, N, first_row, LAST: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, BLOCK_N: tl.constexpr):
+    return scale_rows(ptr, tl.minimum(run * RUN // GROUP, LAST), N, first_row, BLOCK_N)
+
+
+@triton.jit
+def _two_runs(ptr, i, N, first_row, LAST: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, BLOCK_N: tl.constexpr):
+    low = _one_run(ptr, i * 2, N, first_row, LAST, GROUP, RUN, BLOCK_N)
+    return tl.join(low, _one_run(ptr, i * 2 + 1, N, first_row, LAST, GROUP, RUN, BLOCK_N))
+
+
+@triton.jit
+def _four_runs(ptr, i, N, first_row, LAST: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, BLOCK_N: tl.constexpr):
+    low = _two_runs(ptr, i * 2, N, first_row, LAST, GROUP, RUN, BLOCK_N)
+    return tl.join(low, _two_runs(ptr, i * 2 + 1, N, first_row, LAST, GROUP, RUN, BLOCK_N))
+
+
+@triton.jit
 def step_scales(
     ptr, step, N, first_row, LAST: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Scales (or zeros) of every run of one step: (BLOCK_N,), or with a trailing axis of 2 per doubling of RUNS."""
+    """Scales (or zeros) of every run of one step: (BLOCK_N,), or with a trailing axis of 2 per doubling of RUNS.
+
+    Run j of 2n is element (j % n, j // n): of_run takes the last axis off first. (No recursion: Triton 3.4.)
+    """
+    tl.static_assert(RUNS <= 8)
     if GROUP == -1:
         return scale_rows(ptr, step * 0, N, first_row, BLOCK_N)
     elif RUNS == 1:
-        return scale_rows(ptr, tl.minimum(step * RUN // GROUP, LAST), N, first_row, BLOCK_N)
+        return _one_run(ptr, step, N, first_row, LAST, GROUP, RUN, BLOCK_N)
+    elif RUNS == 2:
+        return _two_runs(ptr, step, N, first_row, LAST, GROUP, RUN, BLOCK_N)
+    elif RUNS == 4:
+        return _four_runs(ptr, step, N, first_row, LAST, GROUP, RUN, BLOCK_N)
     else:
-        # run j of 2n is element (j % n, j // n): of_run takes the last axis off first
-        HALF: tl.constexpr = RUNS // 2
-        low = step_scales(ptr, step * 2, N, first_row, LAST, GROUP, RUN, HALF, BLOCK_N)
-        high = step_scales(ptr, step * 2 + 1, N, first_row, LAST, GROUP, RUN, HALF, BLOCK_N)
-        return tl.join(low, high)
+        low = _four_runs(ptr, step * 2, N, first_row, LAST, GROUP, RUN, BLOCK_N)
+        return tl.join(low, _four_runs(ptr, step * 2 + 1, N, first_row, LAST, GROUP, RUN, BLOCK_N))
 
 
 @triton.jit
 def of_run(values, INDEX: tl.constexpr, RUNS: tl.constexpr):
     """Run INDEX of what step_scales gave: (BLOCK_N,) fp32."""
-    if RUNS == 1:
-        return values.to(tl.float32)
-    else:
-        HALF: tl.constexpr = RUNS // 2
-        low, high = tl.split(values)
-        return of_run(low if INDEX < HALF else high, INDEX % HALF, HALF)
+    for level in tl.static_range(3):
+        if RUNS >> level > 1:
+            low, high = tl.split(values)
+            values = low if INDEX % (RUNS >> level) < (RUNS >> level) // 2 else high
+    return values.to(tl.float32)
 
 
 @triton.jit
@@ -135,14 +156,13 @@ def right_operand(x, RUN: tl.constexpr, BLOCK_M: tl.constexpr, FOR_MMA: tl.const
 @triton.jit
 def run_of_x(x, INDEX: tl.constexpr, RUNS: tl.constexpr, BLOCK_M: tl.constexpr):
     """Run INDEX of a whole step of x for mma.sync, rows (v, c, u) of eight columns: registers only."""
-    if RUNS == 1:
-        return x
-    else:
-        HALF: tl.constexpr = RUNS // 2
-        ROWS: tl.constexpr = x.shape[0] // 2
-        parts = tl.reshape(x, (BLOCK_M // 8, 2, ROWS // BLOCK_M, 8, 8))
-        low, high = tl.split(tl.permute(parts, (0, 2, 3, 4, 1)))
-        return run_of_x(tl.reshape(low if INDEX < HALF else high, (ROWS, 8)), INDEX % HALF, HALF, BLOCK_M)
+    for level in tl.static_range(3):
+        if RUNS >> level > 1:
+            parts = tl.reshape(x, (BLOCK_M // 8, 2, x.shape[0] // 2 // BLOCK_M, 8, 8))
+            low, high = tl.split(tl.permute(parts, (0, 2, 3, 4, 1)))
+            half = low if INDEX % (RUNS >> level) < (RUNS >> level) // 2 else high
+            x = tl.reshape(half, (x.shape[0] // 2, 8))
+    return x
 
 
 @triton.jit

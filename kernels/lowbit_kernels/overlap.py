@@ -67,7 +67,7 @@ def prefetch(
 
     Where there are fewer rows or columns, the last one again: no address is outside.
     """
-    LINES: tl.constexpr = max(1, BYTES // 128)
+    LINES: tl.constexpr = BYTES // 128 if BYTES > 128 else 1  # max() is no constant for Triton 3.5
     LINE: tl.constexpr = 128 * 8 // ptr.dtype.element_ty.primitive_bitwidth
     rows = tl.minimum(first_row + tl.arange(0, ROWS), last_row).to(tl.int64)
     columns = tl.minimum(first_column + tl.arange(0, LINES) * LINE, last_column)
@@ -82,7 +82,8 @@ def prefetch_weight(
     """What the first four steps of a program of the ``triton`` family read of the weight, from unit ``begin`` on."""
     prefetch(tiles_ptr, row // 16, tl.cdiv(N, 16) - 1, UNITS * 256, begin * 256, UNITS * 256 - 1, BLOCK_N // 16, 4096)
     COLUMNS: tl.constexpr = 512 // BITS
-    GROUPS: tl.constexpr = 1 if GROUP == -1 else max(1, 4 * COLUMNS // GROUP)
+    MOST: tl.constexpr = 4 * COLUMNS
+    GROUPS: tl.constexpr = MOST // GROUP if GROUP > 0 and GROUP < MOST else 1  # one comparison each: Triton 3.5
     LAST: tl.constexpr = 0 if GROUP == -1 else K // GROUP - 1
     group = 0 if GROUP == -1 else begin * COLUMNS // GROUP
     WIDTH: tl.constexpr = scales_ptr.dtype.element_ty.primitive_bitwidth // 8

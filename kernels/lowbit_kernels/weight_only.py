@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_arguments, gluon_missing
+from .checks import LEAST_WGMMA, check_arguments, gluon_missing, wide_enough
 from .epilogue import last_to_arrive, store_tile, sum_of_partials, tile_origin, workspace
 from .layout import from_tiles, tiles_shape
 from .operands import NO_SUMS, SUMS_BY_ADDS, SUMS_BY_DOT, SUMS_LOADED
@@ -136,12 +136,12 @@ def gpu_name(device: torch.device) -> str | None:
 def constants(problem: Problem, tile: Tile, arch: int, *, has_bias: bool, interpreted: bool = False) -> dict[str, Any]:
     """Constexpr arguments of the kernel: the same for a launch and for compiling ahead of one.
 
-    Sums of x are cheapest as a dot with ones where mma.sync has few tokens. From 16 tokens on wgmma (and 32 on
+    Sums of x are cheapest as a dot with ones where mma.sync has few tokens. With wgmma (and from 32 tokens on with
     mma.sync) a symmetric weight is cheaper to centre, and an asymmetric one gets sums from elsewhere: additions in the
     loop at up to 32 tokens of wgmma, which reads x from shared memory anyway.
     """
     bits, dtype = problem.bits, problem.dtype
-    wgmma = arch // 10 == 9 and tile.block_m >= 16 and tile.block_n >= 64 and tile.num_warps >= 4
+    wgmma = arch // 10 == 9 and tile.block_m >= LEAST_WGMMA and tile.block_n >= 64 and tile.num_warps >= 4
     by_dot = tile.block_m <= 16 and not wgmma
     raw = raw_offset(bits, dtype, centred=False)
     if not problem.asymmetric and (not by_dot or raw < 0):
@@ -209,6 +209,7 @@ def weight_only_matmul(
         hopper = aligned and gluon_missing() is None
         name = gpu_name(x.device)
         tile = choose(problem, arch, gpu_name=name, batch_invariant=batch_invariant, hopper=hopper)
+    tile = wide_enough(tile) if tile.family == "triton" else tile
     reason = why_not(tile, problem, arch)
     if reason is not None:
         raise ValueError(f"{tile} cannot run {problem} on sm_{arch}: {reason}")
