@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ptx_program import Instruction
+from ptx_program import PARAMETERS, Instruction
 
 __all__ = ["NAMES", "arithmetic"]
 
@@ -35,6 +35,11 @@ def _bf16x2(function: Callable[..., Array], *words: Array) -> Array:
     halves = [((w << np.uint32(16)).view(np.float32), (w & np.uint32(0xFFFF0000)).view(np.float32)) for w in words]
     low, high = (function(*(half[i].astype(np.float64) for half in halves)) for i in (0, 1))
     return _pair(bf16_bits(low.astype(np.float32)), bf16_bits(high.astype(np.float32)))
+
+
+def _bf16(function: Callable[..., Array], *words: Array) -> Array:
+    exact = function(*(_widen16(w, "bf16").astype(np.float64) for w in words))
+    return bf16_bits(exact.astype(np.float32)).astype(np.uint16)
 
 
 def _f16x2(function: Callable[..., Array], *words: Array) -> Array:
@@ -98,8 +103,8 @@ def _truncated_quotient(a: Array, b: Array) -> Array:
 NAMES: dict[str, Any] = {
     "np": np, "where": np.where, "u16": np.uint16, "u32": np.uint32, "u64": np.uint64, "s16": np.int16,
     "s32": np.int32, "s64": np.int64, "f16": np.float16, "f32": np.float32, "f64": np.float64, "bf16_bits": bf16_bits,
-    "pair": _pair, "bf16x2": _bf16x2, "f16x2": _f16x2, "half": _f16, "f16_bits": _f16_bits, "widen16": _widen16,
-    "lop3": _lop3, "prmt": _prmt, "shift": _shift, "bfe": _bfe, "quotient": _truncated_quotient,
+    "pair": _pair, "bf16x2": _bf16x2, "f16x2": _f16x2, "half": _f16, "brain": _bf16, "f16_bits": _f16_bits,
+    "widen16": _widen16, "lop3": _lop3, "prmt": _prmt, "shift": _shift, "bfe": _bfe, "quotient": _truncated_quotient,
 }  # fmt: skip
 """What the expressions refer to."""
 
@@ -142,14 +147,18 @@ def arithmetic(instruction: Instruction, operand: Callable[[Any, int], str]) -> 
         return _conversion(op, operand, sources)
     if name == "setp":
         return _comparison(op, of)
+    if op == ("cvta", "param", "u64"):  # what a 32-bit register held on the way has lost the base
+        return f"({of(0)} | u64({PARAMETERS}))"
     if name in ("mov", "cvta") and sources:
         return of(0)
     if name == "selp":
         return f"where({operand(sources[2], 1)}, {of(0)}, {of(1)})"
-    if name in ("lop3", "prmt", "bfe", "shf", "popc", "shl", "shr", "div"):
+    if name in ("lop3", "prmt", "bfe", "shf", "popc", "shl", "shr", "div", "rem"):
         return _bitwise(name, op, of, operand, sources)
     if kind in _INTEGERS or kind == "pred":
         return _integer(name, op, kind, of, operand, sources)
+    if op in (("add", "rn", "f32", "bf16"), ("add", "f32", "bf16")):
+        return f"(widen16({of(0)}, 'bf16').astype(f32) + {operand(sources[1], 32)}.view(f32)).view(u32)"
     return _floating(name, kind, of)
 
 
@@ -173,6 +182,8 @@ def _bitwise(
         return f"{shifted}.view(u{_bits(kind)})"
     if name == "div" and kind == "s32":
         return f"quotient({of(0)}.view(s32), {of(1)}.view(s32)).view(u32)"
+    if name == "rem" and kind == "s32":
+        return f"({of(0)} - quotient({of(0)}.view(s32), {of(1)}.view(s32)).view(u32) * {of(1)})"
     if name == "div" and op == ("div", "rn", "f32"):
         return f"({of(0)}.view(f32) / {of(1)}.view(f32)).view(u32)"
     return None
@@ -215,6 +226,10 @@ def _floating(name: str, kind: str, of: Callable[..., str]) -> str | None:
         return f"{kind}({_HALF[name]}, {', '.join(of(i) for i in range(3 if name == 'fma' else 2))})"
     if kind == "f16" and name in _HALF:
         return f"half({_HALF[name]}, {', '.join(of(i) for i in range(3 if name == 'fma' else 2))})"
+    if kind == "bf16" and name == "abs":
+        return f"({of(0)} & u16(0x7FFF))"
+    if kind == "bf16" and name in _HALF:
+        return f"brain({_HALF[name]}, {', '.join(of(i) for i in range(3 if name == 'fma' else 2))})"
     if kind not in ("f32", "f32x2"):
         return None
     if name in _BINARY:
@@ -261,6 +276,8 @@ def _conversion(op: tuple[str, ...], operand: Callable[[Any, int], str], sources
             return f"{low}.astype(u16)"
         if to in ("f16x2", "bf16x2"):  # the first source is the upper half
             return f"pair({bits}({operand(sources[1], 32)}.view(f32)), {low})"
+    if to == "bf16" and of == "u16":  # exact in fp32, then rounded
+        return f"bf16_bits({first}.astype(f32)).astype(u16)"
     if to == "f32" and of in ("s32", "u32", "u16"):
         return f"{_view(first, of)}.astype(f32).view(u32)"
     if of == "s8":

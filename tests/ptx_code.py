@@ -15,14 +15,12 @@ import numpy as np
 
 from ptx_alu import NAMES, arithmetic
 from ptx_memory import SHARED_BASE, TensorMap
-from ptx_program import Address, Immediate, Instruction, Pair, Program, Register, Special, Symbol, Vector
+from ptx_program import PARAMETERS, Address, Immediate, Instruction, Pair, Program, Register, Special, Symbol, Vector
 
-__all__ = ["PARAMETERS", "Block", "Code", "place"]
+__all__ = ["Block", "Code", "place"]
 
-PARAMETERS = 1 << 44
-"""Where parameters seem to lie: 4 KiB each."""
 _WAITING = ("bra", "brx", "ret", "bar", "barrier", "setmaxnreg")
-_NOTHING = {"fence", "membar"}
+_NOTHING = {"fence", "membar", "createpolicy"}
 _NUMBERS = itertools.count()
 
 
@@ -200,12 +198,13 @@ def _load(code: Code, one: Instruction, mask: str) -> str | None:
         assert isinstance(address.base, Symbol) and not address.offset
         wide = f"P[{address.base.name.partition('@')[0]!r}].astype(u{targets[0].bits})"
         return f"put(R, {_indices(targets[0])}, [{wide}], {mask})"
-    if op[1] not in ("global", "shared") or "relaxed" in op or "acquire" in op:
+    space = op[1].removesuffix("::cta")
+    if space not in ("global", "shared") or "relaxed" in op or "acquire" in op:
         return None
     to = f"{'i' if op[-1][0] == 's' else 'u'}{targets[0].bits // 8}"
-    text = code._address(address, 64 if op[1] == "global" else 32)
+    text = code._address(address, 64 if space == "global" else 32)
     signed = op[-1][0] == "s"
-    loaded = f"u.load({op[1]!r}, {text}, {size}, {count}, {mask}, {signed}, {to!r})"
+    loaded = f"u.load({space!r}, {text}, {size}, {count}, {mask}, {signed}, {to!r})"
     return f"put(R, {_indices(one.operands[0])}, {loaded}, {mask})"
 
 
@@ -214,11 +213,12 @@ def _store(code: Code, one: Instruction, mask: str) -> str | None:
     size, _ = _size(op)
     address = one.operands[0]
     assert isinstance(address, Address)
-    if op[1] not in ("global", "shared") or "relaxed" in op or "release" in op:
+    space = op[1].removesuffix("::cta")
+    if space not in ("global", "shared") or "relaxed" in op or "release" in op:
         return None
-    text = code._address(address, 64 if op[1] == "global" else 32)
+    text = code._address(address, 64 if space == "global" else 32)
     values = ", ".join(code.operand(item, 8 * size) for item in _registers(one.operands[1]))
-    return f"u.store({op[1]!r}, {text}, [{values}], {size}, {mask})"
+    return f"u.store({space!r}, {text}, [{values}], {size}, {mask})"
 
 
 def _atomic(code: Code, one: Instruction, mask: str) -> str | None:
@@ -236,6 +236,7 @@ def _cp(code: Code, one: Instruction, mask: str) -> str | None:
     if op[:3] == ("cp", "async", "wait_group"):
         return f"u.wait_copies({operands[0].value})"  # type: ignore[union-attr]
     if op[2] in ("cg", "ca"):
+        operands = operands[:-1] if "L2::cache_hint" in op else operands  # which lines the L2 keeps changes no value
         shared, source = (code._address(operands[i], 64 if i else 32) for i in (0, 1))  # type: ignore[arg-type]
         given = code.operand(operands[3], 32) if len(operands) > 3 else "None"
         return f"u.copy({shared}, {source}, {operands[2].value}, {given}, {mask})"  # type: ignore[union-attr]

@@ -13,8 +13,24 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-__all__ = ["Address", "Immediate", "Instruction", "Pair", "Program", "Register", "Special", "Symbol", "Vector", "parse"]
+import numpy as np
 
+__all__ = [
+    "PARAMETERS",
+    "Address",
+    "Immediate",
+    "Instruction",
+    "Pair",
+    "Program",
+    "Register",
+    "Special",
+    "Symbol",
+    "Vector",
+    "parse",
+]
+
+PARAMETERS = 1 << 44
+"""Where the first parameter of a kernel is; the others follow, 4096 bytes apart."""
 BITS = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "b64": 64, "u32": 32, "s32": 32, "f32": 32, "u64": 64, "f64": 64}
 
 
@@ -237,6 +253,8 @@ class _Body:
             return Special(word)
         if re.fullmatch(r"0f[0-9A-Fa-f]{8}", word):
             return Immediate(int(word[2:], 16))
+        if re.fullmatch(r"\d+\.\d+", word):  # of createpolicy alone; other constants come as bits
+            return Immediate(int(np.float32(word).view(np.uint32)))
         if re.fullmatch(r"-?(0x[0-9A-Fa-f]+|\d+)U?", word):
             return Immediate(int(word.rstrip("U"), 0))
         for scope in reversed(self.scopes):

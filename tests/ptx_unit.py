@@ -337,7 +337,7 @@ def _rows(data: Array, kind: str) -> Array:
 
 
 def _maps(parameters: Any) -> list[tuple[TensorMap, int]]:
-    from ptx_code import PARAMETERS
+    from ptx_program import PARAMETERS
 
     return [
         (value, PARAMETERS + 4096 * i) for i, value in enumerate(parameters.values()) if isinstance(value, TensorMap)

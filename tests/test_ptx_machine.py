@@ -80,6 +80,7 @@ INTEGERS = {
     "mul.hi.s32 %r3, %r0, %r1;": lambda a, b: signed(a) * signed(b) >> 32,
     "mad.lo.s32 %r3, %r0, %r1, 7;": lambda a, b: a * b + 7,
     "div.s32 %r3, %r0, %r1;": lambda a, b: truncated(signed(a), signed(b)),
+    "rem.s32 %r3, %r0, %r1;": lambda a, b: signed(a) - truncated(signed(a), signed(b)) * signed(b),
     "min.s32 %r3, %r0, %r1;": lambda a, b: min(signed(a), signed(b)),
     "max.u32 %r3, %r0, %r1;": max,
     "neg.s32 %r3, %r0;": lambda a, b: -a,
@@ -177,6 +178,35 @@ def test_halves_are_rounded_to_the_nearest(kind, dtype):
     got = run_snippet(f"fma.rn.{kind}x2 %r3, %r0, %r1, %r2; cvt.u64.u32 %rd8, %r3;", *words)
     exact = (pairs[0].double() * pairs[1].double() + pairs[2].double()).to(dtype)
     assert got == exact.view(torch.int32).numpy().view(np.uint32).tolist()
+
+
+@pytest.mark.parametrize(
+    ("code", "exact"),
+    [
+        ("sub.bf16 %rs3, %rs0, %rs1; cvt.u64.u16 %rd8, %rs3;", lambda a, b, _: a - b),
+        ("fma.rn.bf16 %rs3, %rs0, %rs1, %rs1; cvt.u64.u16 %rd8, %rs3;", lambda a, b, _: a * b + b),
+        ("abs.bf16 %rs3, %rs0; cvt.u64.u16 %rd8, %rs3;", lambda a, b, _: a.abs()),
+        ("cvt.rn.bf16.u16 %rs3, %rs0; cvt.u64.u16 %rd8, %rs3;", lambda a, b, word: word),
+    ],
+)
+def test_single_bfloat16_numbers(code, exact):
+    numbers = torch.randn(2, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
+    words = numbers.view(torch.int16).numpy().view(np.uint16)
+    expected = exact(*numbers.double(), torch.tensor(words[0].astype(np.float64))).bfloat16()
+    assert run_snippet(code, *words) == expected.view(torch.int16).numpy().view(np.uint16).tolist()
+
+
+def test_a_bfloat16_number_is_added_to_a_float32():
+    numbers = torch.randn(32, generator=torch.Generator().manual_seed(3)).bfloat16()
+    words = numbers.view(torch.int16).numpy().view(np.uint16)
+    got = run_snippet("add.rn.f32.bf16 %r3, %rs0, %r1; cvt.u64.u32 %rd8, %r3;", words, [bits(0.7)])
+    assert got == (numbers.float() + 0.7).view(torch.int32).numpy().view(np.uint32).tolist()
+
+
+def test_a_parameters_address_survives_32_bits():
+    """As Triton 3.9 takes that of a tensor map."""
+    code = "mov.b32 %r3, p1; cvt.u64.u32 %rd9, %r3; cvta.param.u64 %rd8, %rd9; mov.b64 %rd10, p1;"
+    assert run_snippet(f"{code} sub.s64 %rd8, %rd8, %rd10;") == [0] * 32
 
 
 def test_lanes_that_part_meet_again():
