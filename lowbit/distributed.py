@@ -253,7 +253,7 @@ def join(device: str = "cpu") -> Iterator[Ranks]:
         return
     limit = _limit()
     ranks = Ranks(rank, count, limit=limit)
-    groups = []
+    groups: list[Any] = []  # their type differs from one release of torch to the next
     try:
         with ranks._exchange():
             if initialized:
