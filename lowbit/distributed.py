@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -255,7 +256,7 @@ def join(device: str = "cpu") -> Iterator[Ranks]:
     ranks = Ranks(rank, count, limit=limit)
     groups: list[Any] = []  # their type differs from one release of torch to the next
     try:
-        with ranks._exchange():
+        with ranks._exchange(), _stdout_kept_free():
             if initialized:
                 groups.append(dist.new_group(backend="gloo", timeout=timedelta(seconds=limit)))
             else:
@@ -276,6 +277,18 @@ def join(device: str = "cpu") -> Iterator[Ranks]:
         elif initialized:
             for group in groups:
                 dist.destroy_process_group(group)
+
+
+@contextmanager
+def _stdout_kept_free() -> Iterator[None]:
+    """What is written to stdout goes to stderr: gloo (torch 2.8) says there how many ranks it is connected to."""
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "wb") as kept:
+        os.dup2(2, 1)
+        try:
+            yield
+        finally:
+            os.dup2(kept.fileno(), 1)
 
 
 _stores: list[Any] = []

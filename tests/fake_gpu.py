@@ -32,10 +32,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import compiler
 
 from fake_kernels import act
+from lowbit_kernels.checks import release
 
 __all__ = ["FakeGpu", "GpuTensor", "Launch", "fake_gpu"]
 
 GPU = torch.device("cuda", 0)
+TARGETED = release() >= (3, 5)
+"""Whether lowering is told the target, as from Triton 3.5 on."""
 LARGEST_GRID = (2**31 - 1, 65_535, 65_535)
 """CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"."""
 MOST_PROGRAMS = 2**31 - 1
@@ -148,8 +151,9 @@ class FakeGpu:
         context = ir.context()
         ir.load_dialects(context)
         backend.load_dialects(context)
+        known = (target,) if TARGETED else ()
         with _no_modes():
-            src.make_ir(target, parsed, backend.get_codegen_implementation(parsed), backend.get_module_map(), context)
+            src.make_ir(*known, parsed, backend.get_codegen_implementation(parsed), backend.get_module_map(), context)
 
 
 class _Lowered:

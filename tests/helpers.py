@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -117,3 +118,11 @@ MATMUL_CASES = [
     Case(3, 21, 35, bits=2, group_size=-1, symmetric=False),
 ]
 """Odd, tiny, empty and one-past shapes; every width, group size and symmetry."""
+
+
+def needs_gluon() -> pytest.MarkDecorator:
+    """``pytestmark`` of a module that is skipped where Triton has no Gluon for the kernels in it."""
+    from lowbit_kernels.checks import gluon_missing
+
+    missing = gluon_missing()
+    return pytest.mark.skipif(missing is not None, reason=missing or "")

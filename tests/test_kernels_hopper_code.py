@@ -14,11 +14,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from helpers import needs_gluon
 from lowbit_kernels import hopper, hopper_plan
 from lowbit_kernels.hopper_plan import gluon_shared_bytes, gluon_why_not, reps, runs_of_step
 from lowbit_kernels.tiles import Problem, Tile
 from sass_figures import product_loops
 
+pytestmark = needs_gluon()
 BF16, FP16 = torch.bfloat16, torch.float16
 
 COMPILED = [

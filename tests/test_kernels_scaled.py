@@ -21,6 +21,7 @@ from check_layers import random_packed, reference, relative_rms
 
 from compile_gate import machine_code
 from emulated_gpu import emulated_gpu
+from helpers import needs_gluon
 from lowbit_kernels import scaled
 from lowbit_kernels.dispatch import fill_split
 from lowbit_kernels.scaled_plan import (
@@ -36,6 +37,7 @@ from lowbit_kernels.scaled_plan import (
 from lowbit_kernels.tiles import Problem, Tile
 from sass_figures import product_loops
 
+pytestmark = needs_gluon()
 BF16, FP16 = torch.bfloat16, torch.float16
 CUDA = torch.device("cuda")
 

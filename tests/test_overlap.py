@@ -21,6 +21,7 @@ from check_layers import random_packed  # noqa: E402
 
 import emulated_gpu as emulation  # noqa: E402
 from fake_gpu import fake_gpu  # noqa: E402
+from helpers import needs_gluon  # noqa: E402
 from lowbit_kernels import dispatch, grouped, grouped_int8, grouped_tiles, int8_hopper, scaled  # noqa: E402
 from lowbit_kernels import table as tables  # noqa: E402
 from lowbit_kernels.dispatch import choose  # noqa: E402
@@ -35,6 +36,7 @@ from ptx_memory import GlobalMemory, Race, WrongAccess  # noqa: E402
 from ptx_program import Instruction  # noqa: E402
 from ptx_unit import PtxError  # noqa: E402
 
+pytestmark = needs_gluon()
 CUDA, BF16 = torch.device("cuda"), torch.bfloat16
 PACKED = [
     Tile("triton", 8, 64, 2, 2, 4, True),

@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed (it exists for Lin
 from check_layers import random_packed
 
 import emulated_gpu as emulation
+from helpers import needs_gluon
 from lowbit_kernels import int8_hopper, scaled
 from lowbit_kernels.int8 import int8_matmul
 from lowbit_kernels.int8_tiles import Int8Tile
@@ -27,6 +28,7 @@ from ptx_memory import GlobalMemory, Race, WrongAccess
 from ptx_program import Immediate, Instruction
 from ptx_unit import PtxError
 
+pytestmark = needs_gluon()
 CUDA = torch.device("cuda")
 SNIPPET = """
 .visible .entry snippet(.param .u64 p0, .param .u64 p1, .param .u64 p2, .param .u64 p3)
@@ -201,6 +203,15 @@ def test_a_bfloat16_number_is_added_to_a_float32():
     words = numbers.view(torch.int16).numpy().view(np.uint16)
     got = run_snippet("add.rn.f32.bf16 %r3, %rs0, %r1; cvt.u64.u32 %rd8, %r3;", words, [bits(0.7)])
     assert got == (numbers.float() + 0.7).view(torch.int32).numpy().view(np.uint32).tolist()
+
+
+def test_division_that_flushes_knows_no_subnormal_numbers():
+    """Triton 3.4 and 3.5 divide so."""
+    pairs = [(1.0, 3.0), (1e-40, 1e-3), (1e-38, -10.0), (7.0, 1e-40), (-1e-40, 1.0)]
+    words = [[bits(pair[i]) for pair in pairs] for i in (0, 1)]
+    got = run_snippet("div.rn.ftz.f32 %r3, %r0, %r1; cvt.u64.u32 %rd8, %r3;", *words)
+    third = int(np.float32(1 / 3).view(np.uint32))
+    assert got[:5] == [third, 0, bits(-0.0), bits(INF), bits(-0.0)]
 
 
 def test_a_parameters_address_survives_32_bits():
