@@ -130,7 +130,7 @@ def test_two_runs_give_the_same_bits():
 
 def test_a_bfloat16_model_stays_one():
     for method in ("gptq", "awq"):
-        model = tiny_model("llama", dtype=torch.bfloat16)
+        model = tiny_model("llama").bfloat16()
         report = quantize_(model, W4, method, calibration=TOKENS)
         assert {p.dtype for p in model.state_dict().values()} == {torch.bfloat16, torch.int32, torch.int64}
         assert all(layer.loss < 0.02 for layer in report.layers)

@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, core_model_loading
+from transformers import __version__ as VERSION
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, revert_weight_conversion
 
 from ..experts import Experts, why_not_separable
 
-__all__ = ["revert_names", "separated"]
+__all__ = ["revert_names", "separated", "why_not_saved"]
+
+CONVERTS_FIRST = hasattr(core_model_loading, "apply_converters")
+"""Whether transformers, writing a model, takes merged tensors apart before it changes names: from 5.21 on."""
 
 _MERGED = re.compile(r"experts\.(gate_up_proj|up_proj|down_proj)$")
 _LOOKAHEAD = re.compile(r"\(\?!.*\)$")
@@ -61,5 +65,35 @@ def revert_names(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, 
             everything = get_model_conversion_mapping(model, add_legacy=False)
             conversions = [entry for entry in everything if not isinstance(entry, PrefixChange)]
         model._weight_conversions = separated(model, conversions) or None
+        if not CONVERTS_FIRST and model._weight_conversions is not None:
+            return _revert_in_turn(model, state)
     reverted: dict[str, Tensor] = revert_weight_conversion(model, state)
     return reverted
+
+
+def _revert_in_turn(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As transformers 5.21 does it: what was merged is taken apart, then names are changed."""
+    conversions = model._weight_conversions
+    try:
+        for kind in (WeightConverter, WeightRenaming):
+            model._weight_conversions = [entry for entry in conversions if isinstance(entry, kind)]
+            state = revert_weight_conversion(model, state)
+    finally:
+        model._weight_conversions = conversions
+    return state
+
+
+def why_not_saved(model: PreTrainedModel) -> str | None:
+    """Why transformers' own ``save_pretrained`` would write wrong names, or None.
+
+    Before 5.21 it changes names first, after which what takes the dense experts of one layer apart (:func:`separated`)
+    no longer knows its own: Mixtral's, whose names in files are others.
+    """
+    conversions = getattr(model, "_weight_conversions", None) or ()
+    merged = any(isinstance(entry, WeightConverter) for entry in conversions)
+    renamed = any(isinstance(entry, WeightRenaming) for entry in conversions)
+    if CONVERTS_FIRST or not (merged and renamed):
+        return None
+    if not any(isinstance(module, Experts) for module in model.modules()):
+        return None
+    return f"experts that stayed dense beside packed ones need transformers 5.21 or newer, this is {VERSION}"

@@ -30,7 +30,7 @@ from ..linear import Int8Linear, QuantLinear, linear_class
 from ..linearize import linearize, place, settle
 from ..ops import best_layout
 from ..spec import QuantSpec
-from .experts import separated
+from .experts import separated, why_not_saved
 from .plain_reader import PlainReader
 from .sharded import settle_shards, sharded, tp_size
 
@@ -113,6 +113,18 @@ class LoadingQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
         """Packed experts are loaded one by one, not merged. transformers 5.17 does not say of which model."""
         return separated(self._loading, super().update_weight_conversions(weight_conversions, *model))
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[Any, dict[str, Any]]:
+        """What ``save_pretrained`` asks before it writes.
+
+        Raises:
+            ValueError: this transformers would write some tensors under wrong names.
+        """
+        reason = why_not_saved(model)
+        if reason is not None:
+            raise ValueError(f"not serializable: {reason}; `lowbit convert IN OUT --to compressed-tensors` writes it")
+        state, metadata = super().get_state_dict_and_metadata(model)
+        return state, metadata
 
 
 @register_quantizer(METHOD)
