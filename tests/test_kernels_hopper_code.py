@@ -17,6 +17,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from helpers import needs_gluon
 from lowbit_kernels import hopper, hopper_plan
 from lowbit_kernels.hopper_plan import gluon_shared_bytes, gluon_why_not, reps, runs_of_step
+from lowbit_kernels.overlap import launch_options
 from lowbit_kernels.tiles import Problem, Tile
 from sass_figures import product_loops
 
@@ -42,7 +43,8 @@ def compiled(request):
         constexprs={(names.index(name),): value for name, value in case.constexprs.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
     )
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(case.options))
+    options = {**launch_options(), **case.options}
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     return tile, problem, case, kernel, budget
 
 
