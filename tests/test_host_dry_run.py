@@ -36,6 +36,7 @@ from lowbit_kernels import checks, dispatch, epilogue, weight_only  # noqa: E402
 from lowbit_kernels.hopper_plan import gluon_why_not  # noqa: E402
 from lowbit_kernels.int8 import int8_linear, int8_matmul  # noqa: E402
 from lowbit_kernels.int8_tiles import HOPPER_TILES, TILES, Int8Tile, pick_tile  # noqa: E402
+from lowbit_kernels.overlap import launch_options  # noqa: E402
 from lowbit_kernels.table import parse_table  # noqa: E402
 from lowbit_kernels.tiles import FAMILIES, HOPPER, Problem, Tile, fits  # noqa: E402
 
@@ -179,8 +180,9 @@ def test_wrong_launches_are_seen(gpu):
 
     def launch(x=x, grid=(1, 1), m=5, n=48, **constants):
         weight_only.weight_only_kernel[grid](
-            x, packed.tiles, s, s, s, out, s, s, s, M=m, N=n, PDL=False, **constants, num_warps=4, num_stages=3
-        )
+            x, packed.tiles, s, s, s, out, s, s, s, M=m, N=n, PDL=False, **constants, num_warps=4, num_stages=3,
+            **launch_options(),
+        )  # fmt: skip
 
     launch(**right)
     assert relative_rms(out, reference(x, packed)) < 2e-3
