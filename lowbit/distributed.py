@@ -282,13 +282,18 @@ def join(device: str = "cpu") -> Iterator[Ranks]:
 @contextmanager
 def _stdout_kept_free() -> Iterator[None]:
     """What is written to stdout goes to stderr: gloo (torch 2.8) says there how many ranks it is connected to."""
+    try:
+        kept = os.dup(1)
+    except OSError:  # a process without a stdout
+        yield
+        return
     sys.stdout.flush()
-    with os.fdopen(os.dup(1), "wb") as kept:
+    try:
         os.dup2(2, 1)
-        try:
-            yield
-        finally:
-            os.dup2(kept.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 _stores: list[Any] = []

@@ -1,4 +1,7 @@
-"""What kernels demand of their arguments, said once and before any launch: a ValueError names what is wrong."""
+"""What kernels demand of their arguments, said once and before any launch: a ValueError names what is wrong.
+
+And what they find in which release of Triton (README.md, "Triton's releases").
+"""
 
 from __future__ import annotations
 

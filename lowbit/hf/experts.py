@@ -90,7 +90,7 @@ def why_not_saved(model: PreTrainedModel) -> str | None:
     no longer knows its own: Mixtral's, whose names in files are others.
     """
     conversions = getattr(model, "_weight_conversions", None) or ()
-    merged = any(isinstance(entry, WeightConverter) for entry in conversions)
+    merged = any(isinstance(e, WeightConverter) and _MERGED.search(e._original_target_patterns[0]) for e in conversions)
     renamed = any(isinstance(entry, WeightRenaming) for entry in conversions)
     if CONVERTS_FIRST or not (merged and renamed):
         return None
