@@ -34,8 +34,8 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from lowbit_kernels.cases import CompileCase, shipped_cases
-from lowbit_kernels.checks import release
 from lowbit_kernels.overlap import launch_options
+from lowbit_kernels.releases import release
 from lowbit_kernels.tiles import shared_limit
 from sass_figures import LoopFigures, before_wait, loop_figures
 

@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import compiler
 
 from fake_kernels import act
-from lowbit_kernels.checks import release
+from lowbit_kernels.releases import release
 
 __all__ = ["FakeGpu", "GpuTensor", "Launch", "fake_gpu"]
 

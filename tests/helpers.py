@@ -122,7 +122,7 @@ MATMUL_CASES = [
 
 def needs_gluon() -> pytest.MarkDecorator:
     """``pytestmark`` of a module that is skipped where Triton has no Gluon for the kernels in it."""
-    from lowbit_kernels.checks import gluon_missing
+    from lowbit_kernels.releases import gluon_missing
 
     missing = gluon_missing()
     return pytest.mark.skipif(missing is not None, reason=missing or "")

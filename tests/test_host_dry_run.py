@@ -32,7 +32,7 @@ from tune_table import shipped_tiles  # noqa: E402
 
 from fake_gpu import GpuTensor, fake_gpu  # noqa: E402
 from helpers import needs_gluon  # noqa: E402
-from lowbit_kernels import checks, dispatch, epilogue, weight_only  # noqa: E402
+from lowbit_kernels import dispatch, epilogue, releases, weight_only  # noqa: E402
 from lowbit_kernels.hopper_plan import gluon_why_not  # noqa: E402
 from lowbit_kernels.int8 import int8_linear, int8_matmul  # noqa: E402
 from lowbit_kernels.int8_tiles import HOPPER_TILES, TILES, Int8Tile, pick_tile  # noqa: E402
@@ -124,9 +124,9 @@ def without_gluon(request, monkeypatch):
         monkeypatch.setitem(sys.modules, "triton.experimental.gluon.language.nvidia.hopper", None)
     else:
         monkeypatch.setattr("triton.__version__", request.param)
-    checks.gluon_missing.cache_clear()
+    releases.gluon_missing.cache_clear()
     yield request.param
-    checks.gluon_missing.cache_clear()
+    releases.gluon_missing.cache_clear()
 
 
 def test_without_gluon_a_table_that_picks_it_is_served_by_triton(without_gluon, gpu, monkeypatch):

@@ -16,9 +16,9 @@ from torch import Tensor
 from tune_model import CHIPS, predict
 from tune_table import shipped_tiles
 
-from lowbit_kernels.checks import gluon_missing
 from lowbit_kernels.dispatch import choose, fill_split
 from lowbit_kernels.int8_tiles import Int8Tile
+from lowbit_kernels.releases import gluon_missing
 from lowbit_kernels.tiles import FAMILIES, HOPPER, Problem, Tile, cdiv, fits, step_columns
 from lowbit_kernels.weight_only import device_arch, gpu_name
 

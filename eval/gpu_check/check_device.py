@@ -37,7 +37,7 @@ def require_gpu() -> torch.device:
 
 def without_gluon(without: Sequence[str]) -> tuple[str, ...]:
     """What is left out; the families in Gluon, too, with a line on stderr, where this Triton has no Gluon for them."""
-    from lowbit_kernels.checks import gluon_missing
+    from lowbit_kernels.releases import gluon_missing
     from lowbit_kernels.tiles import HOPPER
 
     missing = gluon_missing()

@@ -21,9 +21,9 @@ from check_stats import COLD_BYTES, copies_for, interleaved
 from check_time import GraphTimer
 from torch import Tensor
 
-from lowbit_kernels.checks import gluon_missing
 from lowbit_kernels.dispatch import choose
 from lowbit_kernels.int8_tiles import HOPPER_TILES, Int8Tile, fill_split, pick_tile
+from lowbit_kernels.releases import gluon_missing
 from lowbit_kernels.tiles import FAMILIES, HOPPER, PDL_ARCH, Problem, Tile
 
 __all__ = ["MODES", "TOKENS", "Point", "free_memory", "measure", "points", "work_of_points"]

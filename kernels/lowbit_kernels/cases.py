@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .checks import LEAST_TOKENS
+from .releases import LEAST_TOKENS
 
 __all__ = ["ARCHITECTURES", "MODULES", "CompileCase", "shipped_cases"]
 

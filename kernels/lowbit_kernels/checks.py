@@ -1,68 +1,25 @@
-"""What kernels demand of their arguments, said once and before any launch: a ValueError names what is wrong.
-
-And what they find in which release of Triton (README.md, "Triton's releases").
-"""
+"""What kernels demand of their arguments, said once and before any launch: a ValueError names what is wrong."""
 
 from __future__ import annotations
-
-from dataclasses import replace
-from functools import lru_cache
 
 import torch
 import triton
 from torch import Tensor
 
 from .layout import tiles_shape
-from .tiles import BITS, GROUPS, MIN_ARCH, Problem, Tile
+from .tiles import BITS, GROUPS, MIN_ARCH, Problem
 
 __all__ = [
     "ALIGNMENT",
     "FLOATS",
-    "GLUON_RELEASES",
-    "LEAST_TOKENS",
-    "LEAST_WGMMA",
     "check_arguments",
     "check_device",
     "check_tensor",
-    "gluon_missing",
-    "release",
-    "wide_enough",
 ]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 ALIGNMENT = 16
 """Bytes: what a lane loads at a time."""
-GLUON_RELEASES = ((3, 6), (3, 9))
-"""First and last release of Triton that the Gluon kernels were compiled and emulated with (README.md)."""
-
-
-def release() -> tuple[int, ...]:
-    """Of Triton: (3, 6)."""
-    return tuple(int(part) for part in triton.__version__.split(".")[:2])
-
-
-LEAST_TOKENS = 8 if release() >= (3, 5) else 16
-"""Columns that a dot has at least; tensor cores have 8."""
-LEAST_WGMMA = 8 if release() >= (3, 8) else 16
-"""Columns from which a dot on sm_90 becomes wgmma, with 64 rows and 4 warps; its operands want another order."""
-
-
-def wide_enough(tile: Tile) -> Tile:
-    """``tile``, or for one of 8 tokens where this Triton's dot has at least 16 (3.4), that with 16: the same sums."""
-    return replace(tile, block_m=LEAST_TOKENS) if tile.block_m == 8 < LEAST_TOKENS else tile
-
-
-@lru_cache(maxsize=1)  # a launch asks every time
-def gluon_missing() -> str | None:
-    """Why this Triton cannot run the kernels in Gluon, which is experimental and changes with releases; or None."""
-    first, last = GLUON_RELEASES
-    if not first <= release() <= last:
-        return f"the Gluon kernels need triton {first[0]}.{first[1]} to {last[0]}.{last[1]}, got {triton.__version__}"
-    try:
-        from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma  # noqa: F401
-    except ImportError as error:
-        return f"the Gluon kernels need triton.experimental.gluon: {error}"
-    return None
 
 
 def check_arguments(

@@ -49,8 +49,8 @@ def choose(
         gpu_name: the driver's name of the GPU; None, or one without a table, takes the nearest architecture's.
         batch_invariant: choose without looking at ``problem.m``, never cuBLAS and never split_k (whose workspace limits
             M), so that a row of the result does not depend on how many rows there are.
-        hopper: whether the families of HOPPER may be chosen: Triton has their Gluon (checks.gluon_missing), and scales
-            and zeros start at multiples of 16 bytes.
+        hopper: whether the families of HOPPER may be chosen: Triton has their Gluon (releases.gluon_missing), and
+            scales and zeros start at multiples of 16 bytes.
 
     Raises:
         ValueError: nothing can run the problem on this architecture.

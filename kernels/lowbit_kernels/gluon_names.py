@@ -3,7 +3,7 @@
     barrier()      of a warpgroup's threads: thread_barrier in 3.6
     async_load()   the copy engine's copy to shared memory: async_copy_global_to_shared in 3.6 and 3.7
 
-Which releases: checks.gluon_missing. Gluon of 3.5 lacks what the kernels need.
+Which releases: releases.gluon_missing. Gluon of 3.5 lacks what the kernels need.
 """
 
 from __future__ import annotations

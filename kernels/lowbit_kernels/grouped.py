@@ -26,13 +26,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .cases import ARCHITECTURES, CompileCase
-from .checks import check_arguments, wide_enough
+from .checks import check_arguments
 from .epilogue import store_tile, tile_origin
 from .grouped_routing import check_routing, routed_case, routing_constants, rows_by_weight, tile_of_rows, token_tiles
 from .grouped_tiles import MIN_ARCH, grouped_tile
 from .operands import SUMS_LOADED
 from .overlap import launch_options, let_next_begin, wait_for_previous
 from .product import tile_product
+from .releases import wide_enough
 from .run_sums import loaded_sums
 from .tiles import Problem, Tile, cdiv, why_not
 from .weight_only import constants, device_arch, gpu_name, weight_only_reference

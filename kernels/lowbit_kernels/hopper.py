@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 from .cases import CompileCase
-from .checks import check_arguments, gluon_missing
+from .checks import check_arguments
 from .epilogue import workspace
 from .hopper_plan import gluon_shared_bytes, reps
 from .overlap import launch_options
+from .releases import gluon_missing
 from .tiles import Problem, Tile, cdiv, why_not
 
 __all__ = [

@@ -32,12 +32,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .cases import ARCHITECTURES, CompileCase
-from .checks import FLOATS, check_device, check_tensor, gluon_missing
+from .checks import FLOATS, check_device, check_tensor
 from .epilogue import last_to_arrive, store_tile, tile_origin, workspace
 from .int8_product import int8_product, scaled
 from .int8_quantize import quantize_activations
 from .int8_tiles import TILES, Int8Tile, largest_k, pick_tile, shared_bytes, why_not
 from .overlap import launch_options, let_next_begin, prefetch, wait_for_previous
+from .releases import gluon_missing
 from .table import uses_pdl
 from .tiles import cdiv
 from .weight_only import device_arch, gpu_name

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from .cases import CompileCase
-from .checks import gluon_missing
 from .epilogue import workspace
 from .hopper import gluon_language
 from .int8_tiles import HOPPER_TILES, Int8Tile, shared_bytes
 from .overlap import launch_options
+from .releases import gluon_missing
 from .scaled import multiprocessors
 from .scaled_plan import schedule
 from .tiles import cdiv

@@ -136,8 +136,8 @@ def pick_tile(m: int, n: int, k: int, arch: int, gpu_name: str | None = None, ho
 
     What the GPU's table has for the nearest shape, if that fits. Otherwise the narrowest tile that holds all tokens, so
     that a weight is read once; from 129 tokens on the widest that leaves no multiprocessor idle. Programs that are
-    fewer than the multiprocessors share columns. None in Gluon unless ``hopper``: Triton has it (checks.gluon_missing),
-    and both operands start at multiples of 16 bytes.
+    fewer than the multiprocessors share columns. None in Gluon unless ``hopper``: Triton has it
+    (releases.gluon_missing), and both operands start at multiples of 16 bytes.
 
     Raises:
         ValueError: the architecture has no int8 tensor cores that Triton supports.

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .releases import LANE_COLUMNS
+
 __all__ = [
     "NO_SUMS",
     "SUMS_BY_ADDS",
@@ -148,7 +150,8 @@ def right_operand(x, RUN: tl.constexpr, BLOCK_M: tl.constexpr, FOR_MMA: tl.const
     """A run of x as (RUN, BLOCK_M), its columns in the order in which unpack_columns gives the weights'."""
     if FOR_MMA:
         parts = tl.reshape(x, (BLOCK_M // 8, RUN // 16, 2, 8, 4, 2))  # token / 8, (i, b), u, token % 8, t, h
-        return tl.reshape(tl.permute(parts, (1, 4, 2, 5, 0, 3)), (RUN, BLOCK_M))
+        FOUR: tl.constexpr = LANE_COLUMNS == 4
+        return tl.reshape(tl.permute(parts, (1, 4, 2, 5, 0, 3) if FOUR else (1, 2, 4, 5, 0, 3)), (RUN, BLOCK_M))
     else:
         return tl.trans(x)
 
@@ -172,7 +175,8 @@ def run_sums(
     """S of one run in fp32, something that broadcasts to (BLOCK_N, BLOCK_M). See NO_SUMS .. SUMS_LOADED."""
     RUN: tl.constexpr = x.shape[0] * 8 // BLOCK_M if FOR_MMA else x.shape[1]
     if SUMS == 1:
-        if FOR_MMA:
+        if FOR_MMA:  # ones are not joined: never four columns per lane. Nor is it right_operand's value where that is
+            # the same: 3.8 stores a tensor that two dots share to shared memory again, another view of it not
             parts = tl.reshape(x, (BLOCK_M // 8, RUN // 8, 8, 8))  # token / 8, c, token % 8, column % 8
             x = tl.reshape(tl.permute(parts, (1, 3, 0, 2)), (RUN, BLOCK_M))
         else:

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from .cases import CompileCase
-from .checks import gluon_missing
 from .epilogue import workspace
 from .halves import to_halves
 from .hopper import (
@@ -42,6 +41,7 @@ from .hopper import (
     register_layouts,
 )
 from .overlap import launch_options
+from .releases import gluon_missing
 from .scaled_plan import scaled_blocks, scaled_shared_bytes, schedule
 from .tiles import Problem, Tile, cdiv
 

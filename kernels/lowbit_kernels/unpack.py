@@ -25,6 +25,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .releases import LANE_COLUMNS
+
 __all__ = ["conversion", "raw_offset", "unpack_columns"]
 
 
@@ -98,25 +100,26 @@ def unpack_columns(
     """Words (ROWS, 16) of one unit -> columns 32 * FIRST .. 32 * (FIRST + COUNT) of it, (ROWS, 32 * COUNT) of DTYPE.
 
     COUNT is 1, 2 or 4. The axes of a row in memory are (t, b, u): word kw = 8b + 4u + t. Column k is (i, b, u, t, h) in
-    natural order. With FOR_MMA it is (i, b, t, u, h): Triton gives the operand of mma.sync four consecutive columns per
-    lane when it was joined, and this order makes them the four that the lane has. x must be permuted alike.
+    natural order. With FOR_MMA and LANE_COLUMNS == 4 it is (i, b, t, u, h): Triton gives a lane four consecutive
+    columns then, and this order makes them the four that the lane has. x must be permuted alike.
 
     Only joins and views: Triton moves the operand's layout through them up to the load, so that words go from shared
     memory to the registers that need them. (A broadcast in their place stops it, and the tile is stored again.)
     """
     ROWS: tl.constexpr = words.shape[0]
+    FOUR: tl.constexpr = FOR_MMA and LANE_COLUMNS == 4
     first = _pair(words, FIRST, BITS, DTYPE, RAW, PTX)
     if COUNT == 1:
         values = tl.reshape(first, (ROWS, 4, 2, 2, 2))  # t, b, u, h
-        values = tl.permute(values, (0, 2, 1, 3, 4) if FOR_MMA else (0, 2, 3, 1, 4))
+        values = tl.permute(values, (0, 2, 1, 3, 4) if FOUR else (0, 2, 3, 1, 4))
     elif COUNT == 2:
         values = tl.join(first, _pair(words, FIRST + 1, BITS, DTYPE, RAW, PTX))
         values = tl.reshape(values, (ROWS, 4, 2, 2, 2, 2))  # t, b, u, h, i
-        values = tl.permute(values, (0, 5, 2, 1, 3, 4) if FOR_MMA else (0, 5, 2, 3, 1, 4))
+        values = tl.permute(values, (0, 5, 2, 1, 3, 4) if FOUR else (0, 5, 2, 3, 1, 4))
     else:
         tl.static_assert(COUNT == 4, "COUNT is 1, 2 or 4")
         even = tl.join(first, _pair(words, FIRST + 2, BITS, DTYPE, RAW, PTX))
         odd = tl.join(_pair(words, FIRST + 1, BITS, DTYPE, RAW, PTX), _pair(words, FIRST + 3, BITS, DTYPE, RAW, PTX))
         values = tl.reshape(tl.join(even, odd), (ROWS, 4, 2, 2, 2, 2, 2))  # t, b, u, h, i / 2, i % 2
-        values = tl.permute(values, (0, 5, 6, 2, 1, 3, 4) if FOR_MMA else (0, 5, 6, 2, 3, 1, 4))
+        values = tl.permute(values, (0, 5, 6, 2, 1, 3, 4) if FOUR else (0, 5, 6, 2, 3, 1, 4))
     return tl.reshape(values, (ROWS, 32 * COUNT))

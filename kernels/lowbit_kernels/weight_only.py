@@ -37,12 +37,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import LEAST_WGMMA, check_arguments, gluon_missing, wide_enough
+from .checks import check_arguments
 from .epilogue import last_to_arrive, store_tile, sum_of_partials, tile_origin, workspace
 from .layout import from_tiles, tiles_shape
 from .operands import NO_SUMS, SUMS_BY_ADDS, SUMS_BY_DOT, SUMS_LOADED
 from .overlap import launch_options, let_next_begin, prefetch_weight, wait_for_previous
 from .product import tile_product
+from .releases import LEAST_WGMMA, gluon_missing, wide_enough
 from .run_sums import loaded_sums
 from .tiles import Problem, Tile, cdiv, run_columns, why_not
 from .unpack import conversion, raw_offset
