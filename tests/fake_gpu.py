@@ -298,6 +298,7 @@ def fake_gpu(
         "get_device_name": lambda device=None: name,
         "get_device_properties": lambda device=None: SimpleNamespace(multi_processor_count=132, name=name),
         "synchronize": lambda device=None: None,
+        "_sleep": lambda cycles: None,
         "empty_cache": lambda: None,
         "mem_get_info": lambda device=None: (memory, memory),
         "is_current_stream_capturing": lambda: gpu.capture is not None,

@@ -162,7 +162,7 @@ def test_memory_is_poisoned_for_the_kernels_alone():
 def test_kernels_are_compiled_ahead_once():
     tile = Tile("triton", 16, 64, 1, 4, 4)
     problems = [Problem(m, n, 4096, 4, 128, torch.bfloat16) for m in (1, 16, 64, 4096, 17, 33) for n in (4096, 57344)]
-    jobs = jobs_of([(problem, tile) for problem in problems], 90)
+    jobs = jobs_of([(problem, tile, False) for problem in problems], 90)
     assert sorted(job.problem.m for job in jobs) == [1, 16, 17] and {job.problem.n for job in jobs} == {64}
 
 

@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed (it exists for Lin
 
 import tune_experts
 import tune_main
+import tune_run
 from check_store import Store
 
 from lowbit_kernels import grouped_tiles, int8_tiles
@@ -66,16 +67,19 @@ assert any("absent: not here" in line for line in said) and any("broken failed" 
 assert {"lowbit", "lowbit int8 matmul alone", "torch._int_mm"} <= set(rows[2]["seconds"]), rows[2]
 assert all(0 < record["errors"]["lowbit"] < 4e-4 for record in records)
 print(short_table(records))
+assert all(record["peers"]["absent"] == "not measured: not here" for record in records if record["mode"] != "w8a8")
 problem = Problem(2, 32, 128, 4, 128, torch.float16)
-times, dense, pdl = tune_measure.measure_case(problem, candidates(problem, 80, 108), 5)
+attempt = lambda tile, make: make()
+times, dense, pdl = tune_measure.measure_case(problem, candidates(problem, 80, 108), 5, attempt)
 assert len(times) >= 2 and pick(2, times, dense).seconds > 0 and pdl is None
 small = {"EXPERTS": 6, "TOP": 2, "N": 32, "K": 128, "ROUTINGS": 2, "DEVICE": torch.device("cpu"), "GraphTimer": Timer}
 vars(tune_experts).update(small)
 for case in tune_experts.expert_cases(80, torch.float16):
     if case.tokens == 16:
         kept = types.SimpleNamespace(add=lambda part, name, record: records.append(record))
-        assert "us" in case.measure(kept) and len(records[-1]["times"]) == len(case.tiles) >= 1
-times = tune_measure.measure_int8_case(2, 32, 512, torch.float16, int8_candidates(2, 32, 512, 80, 108), 5)
+        assert "us" in case.measure(kept, lambda case, tile, make: make())
+        assert len(records[-1]["times"]) == len(case.tiles) >= 1
+times = tune_measure.measure_int8_case(2, 32, 512, torch.float16, int8_candidates(2, 32, 512, 80, 108), 5, attempt)
 assert len(times) >= 1 and all(time > 0 for time in times.values())
 print("measured")
 """
@@ -213,7 +217,7 @@ def test_what_stands_for_any_shape_is_measured_first():
     """So a run that stops early has a table for every width; and a family may be left out."""
     options = tune_main.parse(["--dry-run", "--without", "gluon,scaled"])
     todo = tune_main.work(options, 90, 132, torch.bfloat16)
-    first, experts, others = tune_main._parts(todo)
+    first, experts, others = tune_run.parts(todo)
     assert [*first, *experts, *others] == todo and len({case.key for case in todo}) == len(todo)
     assert {(case.problem.n, case.problem.k) for case in first} == {tune_main.ANY} and experts and others
     assert len(first) == 4 * len(tune_main.M_BUCKETS)

@@ -257,10 +257,11 @@ def test_every_kind_of_job_is_compiled_ahead(gpu):
         check_warm.Job(rows, int8),
         check_warm.Job(rows, Int8Tile(64, 128, 128, 1, 8, 2, "gluon")),
         check_warm.Job(rows, int8, 8),
+        check_warm.Job(packed, replace(triton, split_k=2), atomic=True),
     ]
     for job in jobs:
         before = gpu.lowered
-        assert check_warm._compile([job]) == 1 and gpu.lowered > before, job
+        assert check_warm._compile([job]) >= 1 and gpu.lowered > before, job
     assert not gpu.launches
 
 
@@ -301,8 +302,6 @@ def test_tune_from_beginning_to_end(tmp_path, capsys):
     import tune_main
     import tune_measure
 
-    from lowbit_kernels.table import parse_table
-
     with contextlib.ExitStack() as stack:
         gpu = stack.enter_context(fake_gpu())
         stack.enter_context(mock.patch.multiple(tune_main, SHAPES=((64, 256),), ANY=(64, 256), M_BUCKETS=(1, 40)))
@@ -325,22 +324,22 @@ def test_tune_that_stops_writes_the_table_of_what_it_has(tmp_path, capsys):
     """The shape that stands for any is measured in every width, and the next one is not begun."""
     import tune_main
     import tune_measure
+    import tune_run
 
-    from lowbit_kernels.table import parse_table
+    measured = tune_run.Tuning.measured
 
-    measured = tune_main._measured
-
-    def only_first(part, *rest):
-        return measured(part, *rest) if isinstance(part[0], tune_main.Case) and part[0].problem.n == 64 else False
+    def only_first(self, part):
+        return bool(part) and isinstance(part[0], tune_main.Case) and part[0].problem.n == 64 and measured(self, part)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(fake_gpu())
         shapes = ((96, 256), (64, 256))
         stack.enter_context(mock.patch.multiple(tune_main, SHAPES=shapes, ANY=(64, 256), M_BUCKETS=(1,)))
+        stack.enter_context(mock.patch.object(tune_run, "ANY", (64, 256)))
         stack.enter_context(mock.patch.object(check_time, "MOST_LAUNCHES", 2))
         stack.enter_context(mock.patch.object(check_time.chip_limits, "__defaults__", (256,)))
         stack.enter_context(mock.patch.object(tune_measure, "copies_for", lambda *_: 2))
-        stack.enter_context(mock.patch.object(tune_main, "_measured", only_first))
+        stack.enter_context(mock.patch.object(tune_run.Tuning, "measured", only_first))
         assert tune_main.main(["--out", str(tmp_path)]) == tune_main.STOPPED
     assert "--resume goes on" in capsys.readouterr().err
     table = parse_table(json.loads((tmp_path / "nvidia-h200.json").read_text()), "x")

@@ -1,8 +1,8 @@
 """The split-K kernel as it would be with float atomics: what the same bits on every run are compared with.
 
 The same main loop and tile; but instead of storing fp32 partial sums that the last program adds up in a fixed order,
-every program adds its own to an fp32 result by atomics. It is measured without what it would need besides, the
-rounding to the output's dtype and the bias, so a ratio to it says the most that determinism can cost.
+every program adds its own to an fp32 result by atomics. It is measured without what it would need besides, zeros to
+add to, the rounding to the output's dtype and the bias, so a ratio to it says the most that determinism can cost.
 """
 
 from __future__ import annotations
@@ -52,13 +52,18 @@ def has_atomic_form(packed: Packed, m: int, tile: Tile) -> bool:
     return bool(constants(packed.problem(m), tile, arch, has_bias=False)["SUMS"] != SUMS_LOADED)
 
 
-def atomic_matmul(packed: Packed, x: Tensor, tile: Tile) -> Tensor:
-    """``x @ W.T`` in fp32, ``(M, n)``; the sums' order, and so the last bits, differ from run to run."""
+def atomic_matmul(packed: Packed, x: Tensor, tile: Tile, out: Tensor | None = None) -> Tensor:
+    """``x @ W.T`` in fp32, ``(M, n)``; the sums' order, and so the last bits, differ from run to run.
+
+    Args:
+        out: ``(M, n)`` fp32 to add to; zeros if not given.
+    """
     problem = packed.problem(x.shape[0])
     interpreted = bool(triton.knobs.runtime.interpret)
     constexprs = constants(problem, tile, device_arch(x.device), has_bias=False, interpreted=interpreted)
     constexprs = {name: value for name, value in constexprs.items() if name != "HAS_BIAS"}
-    out = torch.zeros(problem.m, packed.n, dtype=torch.float32, device=x.device)
+    if out is None:
+        out = torch.zeros(problem.m, packed.n, dtype=torch.float32, device=x.device)
     zeros = packed.scales_gn if packed.zeros_gn is None else packed.zeros_gn
     count = cdiv(problem.m, tile.block_m) * cdiv(packed.n, tile.block_n)
     _atomic_kernel[(count, tile.split_k)](

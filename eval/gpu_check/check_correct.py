@@ -17,12 +17,11 @@ from tune_model import CHIPS, predict
 from tune_table import shipped_tiles
 
 from lowbit_kernels.dispatch import choose, fill_split
-from lowbit_kernels.int8_tiles import Int8Tile
 from lowbit_kernels.releases import gluon_missing
-from lowbit_kernels.tiles import FAMILIES, HOPPER, Problem, Tile, cdiv, fits, step_columns
+from lowbit_kernels.tiles import HOPPER, Problem, Tile, cdiv, fits, step_columns
 from lowbit_kernels.weight_only import device_arch, gpu_name
 
-__all__ = ["LIMITS", "Check", "CheckFailed", "checks", "family_tile", "limit_of", "work_of_checks"]
+__all__ = ["LIMITS", "Check", "CheckFailed", "checks", "family_tile", "limit_of"]
 
 LIMITS = {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 1e-5}
 """Largest relative RMS error against float64, by the result's dtype: one rounding and little more."""
@@ -98,20 +97,6 @@ def limit_of(dtype: torch.dtype, elements: int, tile: Tile | None = None) -> flo
     """
     few = 1 + 4 / max(1, elements) ** 0.5 if elements < 1024 else 1.0
     return few * LIMITS[dtype] * (ROUNDED_WEIGHTS if tile and tile.family in ROUNDING and dtype == HALF else 1.0)
-
-
-def work_of_checks(arch: int) -> Iterator[tuple[Problem, Tile | Int8Tile]]:
-    """Problem and tile of the suite's random cases and of its chains, to compile them ahead."""
-    from check_overlap import overlap_work  # which uses this module
-
-    yield from overlap_work(torch.bfloat16, arch)
-    for family in FAMILIES:
-        for m, n, k, bits, group, asymmetric, _ in _shapes(False):
-            for dtype in (torch.bfloat16, torch.float16) if arch >= 80 else (torch.float16,):
-                problem = Problem(m, n, k, bits, group, dtype, asymmetric)
-                tile = family_tile(family, problem, arch)
-                if tile is not None:
-                    yield problem, tile
 
 
 def family_tile(family: str, problem: Problem, arch: int, multiprocessors: int = 132) -> Tile | None:

@@ -47,20 +47,28 @@ def without_gluon(without: Sequence[str]) -> tuple[str, ...]:
     return (*without, *(family for family in HOPPER if family not in without))
 
 
-def about(device: torch.device, *, tiny: bool = False) -> dict[str, Any]:
-    """What a record carries. On the CPU (``--interpret``) the GPU's entries say so."""
+def about(device: torch.device, *, tiny: bool = False, tables: bool = True) -> dict[str, Any]:
+    """What a record carries. On the CPU (``--interpret``) the GPU's entries say so.
+
+    Args:
+        tiny: a run of ``--tiny``.
+        tables: whether the tables of tiles count as sources: not for what makes one.
+    """
     import triton
+
+    from lowbit_kernels.table import table_for
 
     on_gpu = device.type == "cuda"
     return {
         "gpu": torch.cuda.get_device_name(device) if on_gpu else "none: Triton's interpreter on the CPU",
         "arch": _arch(device),
-        "driver": _query("driver_version") if on_gpu else "none",
+        "driver": _query("driver_version")[0] if on_gpu else "none",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda or "none",
         "python": platform.python_version(),
-        "sources": sources() + " tiny" * tiny,  # so that no full run takes up what a tiny one left
+        "sources": sources(tables=tables) + " tiny" * tiny,  # so that no full run takes up what a tiny one left
+        "table": table_for(_arch(device), torch.cuda.get_device_name(device) if on_gpu else None).source,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
@@ -68,14 +76,14 @@ def about(device: torch.device, *, tiny: bool = False) -> dict[str, Any]:
 def clocks() -> dict[str, str]:
     """Clocks, power and temperature at this moment; nothing is changed."""
     names = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
-    return {name: _query(name) for name in names}
+    return dict(zip(names, _query(*names), strict=True))
 
 
-def sources() -> str:
-    """First 12 hex digits of the sha256 of the kernels and of these scripts."""
+def sources(*, tables: bool = True) -> str:
+    """First 12 hex digits of the sha256 of the kernels, their tables if they count, and of these scripts."""
     digest = hashlib.sha256()
     for folder in (ROOT / "kernels" / "lowbit_kernels", Path(__file__).parent):
-        for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.json")]):
+        for path in sorted([*folder.rglob("*.py"), *(folder.rglob("*.json") if tables else ())]):
             digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
@@ -87,12 +95,14 @@ def _arch(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _query(name: str) -> str:
-    """One value of nvidia-smi for the current device, or why there is none."""
-    index = torch.cuda.current_device()
-    command = ["nvidia-smi", f"--id={index}", f"--query-gpu={name}", "--format=csv,noheader"]
+def _query(*names: str) -> list[str]:
+    """Values of nvidia-smi for the current device, by one process; or why there are none."""
+    uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
+    which = torch.cuda.current_device() if uuid is None else f"GPU-{uuid}"  # CUDA_VISIBLE_DEVICES renumbers
+    command = ["nvidia-smi", f"--id={which}", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError) as error:
-        return f"unknown ({type(error).__name__})"
-    return done.stdout.strip()
+        return [f"unknown ({type(error).__name__})"] * len(names)
+    values = [value.strip() for value in done.stdout.split(",")]
+    return values if len(values) == len(names) else [f"unknown ({done.stdout.strip()!r})"] * len(names)

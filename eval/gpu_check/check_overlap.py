@@ -39,13 +39,14 @@ def overlap_checks(
         yield Check(f"overlapping launches, {kind}, M = {m}", partial(_checked, how, m, size, dtype, device, tiny))
 
 
-def overlap_work(dtype: torch.dtype, arch: int) -> Iterator[tuple[Problem, Tile | Int8Tile]]:
-    """Problem and tile of the checks' matmuls, to compile them ahead."""
-    for m, tile in _tiles(dtype, arch, SIZE, False):
+def overlap_work(dtype: torch.dtype, arch: int, *, tiny: bool) -> Iterator[tuple[Problem, Tile | Int8Tile, bool]]:
+    """Problem and tile of the checks' matmuls, none with atomics, to compile them ahead."""
+    size = 256 if tiny else SIZE
+    for m, tile in _tiles(dtype, arch, size, tiny):
         bits, group = (8, -1) if isinstance(tile, Int8Tile) else (4, 128)
         for pdl in (False, True):
-            problem = Problem(m, SIZE, SIZE, bits, group, dtype, not isinstance(tile, Int8Tile))
-            yield problem, replace(tile, pdl=pdl)
+            problem = Problem(m, size, size, bits, group, dtype, not isinstance(tile, Int8Tile))
+            yield problem, replace(tile, pdl=pdl), False
 
 
 def _tiles(dtype: torch.dtype, arch: int, size: int, tiny: bool) -> Iterator[tuple[int, Tile | Int8Tile]]:

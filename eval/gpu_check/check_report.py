@@ -48,8 +48,11 @@ def layer_rows(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def short_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """One line per (mode, layer, M): microseconds, GB/s, TFLOP/s, the ratio to cuBLAS and its goal, ratios to peers."""
-    rows = layer_rows(records)
+    """One line per (mode, layer, M): microseconds, GB/s, TFLOP/s, the ratio to cuBLAS and its goal, ratios to peers.
+
+    None where what the dispatcher picks was left out (``--without``).
+    """
+    rows = [row for row in layer_rows(records) if "lowbit" in row["seconds"]]
     peers = sorted({name for row in rows for name in row["seconds"]} - {"lowbit", "cublas bf16"})
     lines = [["mode", "layer", "M", "us", "GB/s", "TFLOP/s", "x cuBLAS", "goal", *(f"x {name}" for name in peers)]]
     for row in rows:
@@ -128,12 +131,21 @@ def _summary(store: Store, checks: Sequence[Mapping[str, Any]], measured: Sequen
     about = store.about
     lines = [
         f"{about['gpu']}, driver {about['driver']}, torch {about['torch']}, triton {about['triton']}, "
-        f"sources {about['sources']}, {about['date']}",
+        f"sources {about['sources']}, table {about.get('table', 'unknown')}, {about['date']}",
         f"checks: {sum(bool(check['ok']) for check in checks)} of {len(checks)} passed",
     ]
-    for part in ("limits", "host", "cold", "sanitizer", "peers", "model", "hung"):
+    ended = {record["case"] for record in store.records() if record["part"] != "hung"}
+    for part in ("limits", "host", "cold", "sanitizer", "model", "hung"):
         for record in store.records(part):
-            lines.append(f"{part}: {record['case']}: {record['text']}")
+            if part != "hung" or record["case"] not in ended:  # a later run may have finished it
+                lines.append(f"{part}: {record['case']}: {record['text']}")
+    told: dict[str, list[str]] = defaultdict(list)
+    for record in measured:
+        for name, text in record.get("peers", {}).items():
+            told[name].append(text)
+    for name, texts in told.items():
+        distinct = [f"{text} ({texts.count(text)} of {len(texts)} cases)" for text in dict.fromkeys(texts)]
+        lines.append(f"peer {name}: {'; '.join(distinct)}")
     if measured:
         lines += ["", short_table(measured)]
     return "\n".join(lines)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -18,12 +18,13 @@ from check_correct import checks
 from check_layers import random_packed
 from check_report import write_all
 from check_store import Store
+from check_watch import HUNG_S, ContextLost, raise_if_lost, watched
 
 __all__ = ["OutOfTime", "Run", "plan"]
 
 DONE, FAILED, STOPPED = 0, 1, 3
-HUNG_S = 150
-"""Seconds after which a case has not merely to compile much."""
+MODEL_S = 90
+"""Seconds that a model needs at least: with less left it is not begun."""
 
 
 class OutOfTime(Exception):
@@ -72,6 +73,7 @@ class Run:
     def __init__(self, options: argparse.Namespace, store: Store, device: torch.device, deadline: float) -> None:
         self.options, self.store, self.device, self.deadline = options, store, device, deadline
         self.arch: int = store.about["arch"]
+        self._failed = False  # something that the rest of the run does not depend on
         self._said: set[str] = set()
 
     def all(self) -> int:
@@ -89,8 +91,10 @@ class Run:
             "sanitizer": self.sanitizer,
             "model": self.model,
         }
+        # checks and figures are of sums in fp32; torch's default lets cuBLAS add shares of fp16 products in fp16
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         try:
-            if self.device.type == "cuda" and not self.options.tiny:
+            if self.device.type == "cuda":
                 self.warm()
             self.correct()
             for name in () if self.options.interpret else self.options.parts:
@@ -101,8 +105,12 @@ class Run:
             status = STOPPED
         except CaseFailed:
             status = FAILED
-        print(write_all(self.store, self.options.out))
-        return status
+        except ContextLost as error:
+            self.say(f"FAILED: {error}; the rest was not run. --without leaves a family out, --peers a peer")
+            status = FAILED
+        finally:
+            print(write_all(self.store, self.options.out), flush=True)
+        return status or (FAILED if self._failed else DONE)
 
     def say(self, text: str) -> None:
         """A line for whoever watches, each once."""
@@ -111,17 +119,19 @@ class Run:
             print(text, file=sys.stderr, flush=True)
 
     def warm(self) -> None:
-        """Compile in parallel what the parts to come will launch."""
-        from check_correct import work_of_checks
+        """Compile in parallel what the parts to come will launch; and what peers compile, which takes its time."""
         from check_measure import work_of_points
-        from check_warm import jobs_of, warm
+        from check_overlap import overlap_work
+        from check_peers import prepare
+        from check_warm import jobs_of, rehearsals, warm
 
-        start = time.monotonic()
-        work = [*work_of_checks(self.arch), *work_of_points(self.options.parts, self.arch, self.store.about["gpu"])]
-        without = self.options.without
+        start, tiny, without = time.monotonic(), self.options.tiny, self.options.without
+        chains = [w for size in {tiny, True} for w in overlap_work(torch.bfloat16, self.arch, tiny=size)]
+        work = [*chains, *work_of_points(self.options.parts, self.arch, self.store.about["gpu"], tiny=tiny)]
         wanted = (i for i in work if i[1].family not in without and not (i[1].pdl and "pdl" in without))
-        jobs = jobs_of(wanted, self.arch)
-        self.say(f"{warm(jobs)} of {len(jobs)} kernels compiled ahead in {time.monotonic() - start:.0f} s")
+        jobs = [*jobs_of(wanted, self.arch), *rehearsals(self.arch, tiny, without)]
+        self.say(f"{warm(jobs)} kernels compiled ahead in {time.monotonic() - start:.0f} s")
+        prepare(self.options.peers if not {"w4a16", "w8a16"}.isdisjoint(self.options.parts) else ())
 
     def correct(self) -> None:
         """The suite. All checks run, so that one failure does not hide another; any failure ends the run."""
@@ -143,6 +153,8 @@ class Run:
                 failed.append(check.name)
                 self.say(f"FAILED {check.name}: {result['figure']}")
             self.store.add("correct", check.name, result)
+            if not result["ok"]:
+                raise_if_lost(check.name)
         if failed:
             raise CaseFailed
         self.say(f"{len(self.store.records('correct'))} checks passed")
@@ -207,47 +219,56 @@ class Run:
             self.store.add("host", case, {**found, "text": text})
 
     def sanitizer(self) -> None:
-        """compute-sanitizer in a process of its own."""
-        from check_machinery import sanitize
+        """compute-sanitizer in a process of its own. What it reports is for somebody to read: the run goes on."""
+        from check_machinery import SANITIZE_S, sanitize
 
         for tool in ("memcheck", "racecheck"):
             for case in self._cases("sanitizer", tool):
-                self._keep("sanitizer", case, lambda tool=tool: {"text": sanitize(tool, self.options.without)})
+                left = self.deadline - time.monotonic()
+                try:
+                    ok, text = sanitize(tool, self.options.without, min(SANITIZE_S, left))
+                except subprocess.TimeoutExpired as error:
+                    if left < SANITIZE_S:
+                        raise OutOfTime from error
+                    ok, text = True, f"{tool}: not finished in {SANITIZE_S} s"
+                self.store.add("sanitizer", case, {"ok": ok, "text": text})
+                if not ok:
+                    self.say(f"FAILED sanitizer, {text}")
+        self._failed |= not all(record["ok"] for record in self.store.records("sanitizer"))
 
     def model(self) -> None:
         """Tokens per second of a whole model, by eval/bench_generate.py in a process of its own."""
         from check_model import bench_generate
 
         for weights in ("bf16", "w4", "w8"):
-            for case in self._cases("model", weights):
+            for case in self._cases("model", weights, MODEL_S):
                 left = self.deadline - time.monotonic()
                 shape = "tiny" if self.options.tiny else "llama-3-8b"
-                self._keep("model", case, partial(bench_generate, shape, weights, self.options.out, max(60.0, left)))
+                try:
+                    self._keep("model", case, partial(bench_generate, shape, weights, left))
+                except subprocess.TimeoutExpired as error:
+                    raise OutOfTime from error
 
-    def _cases(self, part: str, case: str) -> Iterator[str]:
+    def _cases(self, part: str, case: str, needs: float = 0.0) -> Iterator[str]:
         """The case, unless it is done; raises OutOfTime when it is too late to begin it."""
         if not self.store.has(part, case):
-            self._in_time()
+            self._in_time(needs)
             yield case
 
     def _keep(self, part: str, case: str, make: Callable[[], Mapping[str, Any]]) -> None:
         try:
             self.store.add(part, case, make())
+        except (ContextLost, subprocess.TimeoutExpired):
+            raise
         except Exception as error:
             traceback.print_exc()
             self.say(f"FAILED {part}, {case}: {type(error).__name__}: {error}")
+            raise_if_lost(case)
             raise CaseFailed from error
 
-    @contextlib.contextmanager
-    def _watched(self, case: str) -> Iterator[None]:
+    def _watched(self, case: str) -> contextlib.AbstractContextManager[None]:
         """End the process when a case does not: a kernel that waits for ever cannot be interrupted otherwise."""
-        timer = threading.Timer(HUNG_S, self._hung, (case,))
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
+        return watched(HUNG_S, partial(self._hung, case))
 
     def _hung(self, case: str) -> None:
         self.say(f"FAILED {case}: not finished in {HUNG_S} s")
@@ -255,8 +276,8 @@ class Run:
         print(write_all(self.store, self.options.out), flush=True)
         os._exit(FAILED)
 
-    def _in_time(self) -> None:
-        if time.monotonic() > self.deadline:
+    def _in_time(self, needs: float = 0.0) -> None:
+        if time.monotonic() + needs > self.deadline:
             raise OutOfTime
 
     def _passed(self, name: str) -> bool:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from check_correct import CheckFailed, limit_of
 from check_layers import relative_rms
-from check_stats import interleaved
 from check_store import Store
 from check_time import GraphTimer
 from check_warm import Job
 from torch import Tensor
+from tune_measure import Attempt, median_times
 from tune_table import shipped_tiles
 
 from lowbit_kernels.grouped import grouped_matmul
@@ -29,7 +29,7 @@ from lowbit_kernels.layout import tiles_shape
 from lowbit_kernels.tiles import Problem, Tile, fits
 from lowbit_kernels.weight_only import weight_only_reference
 
-__all__ = ["BUCKETS", "ExpertCase", "expert_cases", "expert_rows"]
+__all__ = ["BUCKETS", "Attempt", "ExpertCase", "expert_cases", "expert_rows"]
 
 EXPERTS, TOP, N, K = 128, 8, 1536, 2048
 """Gate and up of Qwen3-30B-A3B: 128 experts of 2 x 768 rows and 2048 columns, 8 for a token (its config.json)."""
@@ -63,9 +63,10 @@ class ExpertCase:
         bits, group = (8, -1) if self.bits == "w8a8" else (int(self.bits), GROUP)
         return [Job(Problem(16, 64, K, bits, group, self.dtype), tile, EXPERTS) for tile in self.tiles]
 
-    def measure(self, store: Store) -> str:
-        """Measure and keep; a line about it. CheckFailed when a tile's result is wrong."""
-        seconds = _measure_int8(self) if self.bits == "w8a8" else _measure_packed(self)
+    def measure(self, store: Store, attempt: Attempt) -> str:
+        """Measure and keep; a line about it. ``attempt`` as for tune_main.Case."""
+        attempted = partial(attempt, self.key[1])
+        seconds = (_measure_int8 if self.bits == "w8a8" else _measure_packed)(self, attempted)
         times = [[list(vars(tile).values()), time] for tile, time in seconds.items()]
         store.add(*self.key, {"bits": self.bits, "tokens": self.tokens, "times": times})
         best = min(seconds, key=lambda tile: seconds[tile])
@@ -124,7 +125,7 @@ def _few(ends: Tensor) -> list[tuple[int, slice]]:
     return sorted(spans, key=lambda span: (span[1].stop - span[1].start, span[0]))[:CHECKED]
 
 
-def _measure_packed(case: ExpertCase) -> dict[Any, float]:
+def _measure_packed(case: ExpertCase, attempt: Callable[..., Any]) -> dict[Any, float]:
     torch.manual_seed(0)
     bits = int(case.bits)
     words = torch.randint(
@@ -139,10 +140,10 @@ def _measure_packed(case: ExpertCase) -> dict[Any, float]:
     def exact(e: int, rows: slice) -> Tensor:
         return weight_only_reference(x[rows], words[e], scales[e], None, None, bits=bits, group_size=GROUP)
 
-    return _timed(case, call, exact)
+    return _timed(case, attempt, call, exact)
 
 
-def _measure_int8(case: ExpertCase) -> dict[Any, float]:
+def _measure_int8(case: ExpertCase, attempt: Callable[..., Any]) -> dict[Any, float]:
     torch.manual_seed(0)
     codes = torch.randint(-128, 128, (EXPERTS, N, K), dtype=torch.int8, device=DEVICE)
     scales = 0.001 + 0.001 * torch.rand(EXPERTS, N, device=DEVICE)
@@ -157,23 +158,26 @@ def _measure_int8(case: ExpertCase) -> dict[Any, float]:
         one = slice(e, e + 1)
         return grouped_int8_reference(x[rows], x_scale[rows], ends, codes[one], scales[one], None)
 
-    return _timed(case, call, exact)
+    return _timed(case, attempt, call, exact)
 
 
 def _timed(
-    case: ExpertCase, call: Callable[[Tensor, Any], Tensor], exact: Callable[[int, slice], Tensor]
+    case: ExpertCase,
+    attempt: Callable[..., Any],
+    call: Callable[[Tensor, Any], Tensor],
+    exact: Callable[[int, slice], Tensor],
 ) -> dict[Any, float]:
     """Median seconds of each tile, after its result has been compared with float64."""
     routings = _routings(case.tokens)
     few = _few(routings[0])
     expected = torch.cat([exact(e, rows) for e, rows in few])
     limit = limit_of(case.dtype, expected.numel())
-    timers: dict[str, Callable[[], float]] = {}
-    for tile in case.tiles:
+
+    def timer(tile: Any) -> Callable[[], float]:
         out = call(routings[0], tile)
         error = relative_rms(torch.cat([out[rows] for _, rows in few]), expected)
         if not error <= limit:
-            raise CheckFailed(f"{case.key[1]}, {tile}: relative RMS error {error:.2e}, allowed {limit:.1e}")
-        timers[repr(tile)] = GraphTimer([partial(call, ends, tile) for ends in routings])
-    timings = interleaved(timers, ROUNDS)
-    return {tile: timings[repr(tile)].median for tile in case.tiles}
+            raise CheckFailed(f"relative RMS error {error:.2e}, allowed {limit:.1e}")
+        return GraphTimer([partial(call, ends, tile) for ends in routings])
+
+    return median_times(case.tiles, timer, attempt, ROUNDS)

@@ -14,18 +14,19 @@ any, with few tokens, the fastest tile is also launched to begin while the launc
 faster in the mean, the table says so for all. What is to be measured is compiled ahead, in parallel. The shape that
 stands for any comes first, in every width: from then on a run that stops at --minutes writes the table of what it has.
 --without leaves out what scripts/gpu_check --without does.
-Exit status: 0 done; 1 a tile gave a wrong result; 2 no GPU, or bad arguments; 3 stopped at --minutes, --resume goes on.
+With --bits the widths that are not named keep the rows of the table that is there. Exit status: 0 done; 1 a tile failed
+(it is named and left out, the table is written of the rest); 2 no GPU, or bad arguments; 3 stopped at --minutes,
+--resume goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ from check_main import LEFT_OUT
 from check_stats import geometric_mean
 from check_store import Store
 from check_warm import Job, jobs_of
-from tune_experts import ExpertCase, expert_cases, expert_rows
-from tune_predict import TABLES, table_file, to_text, write_predicted
+from tune_experts import Attempt, ExpertCase, expert_cases, expert_rows
+from tune_predict import TABLES, current_table, write_predicted
 from tune_table import FLOOR, M_BUCKETS, NOISE, Pick, pick, rows_of, shipped_tiles, table
 
 from lowbit_kernels import int8_tiles
@@ -147,8 +148,14 @@ def plan(options: argparse.Namespace, arch: int, multiprocessors: int, dtype: An
     )
 
 
-def make_table(store: Store, about: dict[str, Any], multiprocessors: int, copy_bytes: float) -> dict[str, Any]:
-    """The table of what has been measured. ValueError when a width lacks the shape that stands for any."""
+def make_table(
+    store: Store, about: dict[str, Any], multiprocessors: int, copy_bytes: float, *, asked: Sequence[int] = BITS
+) -> dict[str, Any]:
+    """The table of what has been measured; of widths that were not ``asked`` for, the rows of the table that is there.
+
+    Raises:
+        ValueError: a width that was asked for lacks the shape that stands for any.
+    """
     picks: dict[tuple[int, int, int], list[Pick]] = {}
     for record in store.records("tune"):
         times = {Tile(*tile): seconds for tile, seconds in record["times"]}
@@ -160,6 +167,9 @@ def make_table(store: Store, about: dict[str, Any], multiprocessors: int, copy_b
             rows += rows_of(of_shape, bits=bits, group=GROUP, n=n, k=k)
             if (n, k) == ANY:
                 rows += rows_of(of_shape, bits=bits)
+    kept = current_table(about["arch"], about["gpu"])
+    others = [bits for bits in BITS if bits not in asked and (bits, *ANY) not in picks]
+    rows += [row for row in kept["rows"] if row["bits"] in others]
     slower = [
         f"{bits} bits, {n} x {k}, M = {chosen.m}: {chosen.over_dense:.2f}x"
         for (bits, n, k), of_shape in picks.items()
@@ -176,6 +186,7 @@ def make_table(store: Store, about: dict[str, Any], multiprocessors: int, copy_b
             **{key: about[key] for key in ("driver", "torch", "triton", "date", "sources")},
             "below_dense": slower,
             "pdl_over_plain": [round(ratio, 3) for ratio in pdl],
+            **({"rows_kept": {str(bits): f"{kept['gpu']}, {kept['source']}" for bits in others}} if others else {}),
         },
         chip={"multiprocessors": multiprocessors, "bandwidth_gbs": round(copy_bytes / 1e9)},
         rows=rows,
@@ -214,52 +225,6 @@ def int8_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
-def tune(options: argparse.Namespace) -> int:
-    """Measure what is missing, write the table; the exit status."""
-    import torch
-    from check_correct import CheckFailed
-    from check_device import NoGpu, about, require_gpu, without_gluon
-
-    try:
-        device = require_gpu()
-        store = Store(options.out, about(device), resume=options.resume)
-    except (NoGpu, FileExistsError, ValueError) as error:
-        print(f"scripts/tune: {error}", file=sys.stderr)
-        return USAGE
-    options.without = without_gluon(options.without)
-    arch, count = store.about["arch"], torch.cuda.get_device_properties(device).multi_processor_count
-    dtype = torch.bfloat16 if arch >= 80 else torch.float16
-    print(plan(options, arch, count, dtype), file=sys.stderr)
-    deadline = time.monotonic() + 60 * options.minutes
-    todo = [case for case in work(options, arch, count, dtype) if not store.has(*case.key)]
-    try:
-        finished = all(_measured(part, store, arch, deadline) for part in _parts(todo))
-    except CheckFailed as error:
-        print(f"scripts/tune: {error}", file=sys.stderr)
-        return FAILED
-    if not finished:
-        print(f"stopped after {options.minutes:g} minutes; --resume goes on", file=sys.stderr)
-    return _write(options, store, count) or (DONE if finished else STOPPED)
-
-
-def _parts(todo: Sequence[Case | ExpertCase]) -> list[list[Case | ExpertCase]]:
-    """What stands for any shape, the experts, and the rest: each is measured before the next is compiled."""
-    first = [case for case in todo if isinstance(case, Case) and (case.problem.n, case.problem.k) == ANY]
-    experts = [case for case in todo if isinstance(case, ExpertCase)]
-    return [[*first], [*experts], [case for case in todo if case not in first and case not in experts]]
-
-
-def _measured(part: Sequence[Case | ExpertCase], store: Store, arch: int, deadline: float) -> bool:
-    """Compile for these cases and measure them; False when the deadline came before the last."""
-    if part and time.monotonic() < deadline:
-        _warm(part, arch)
-    for case in part:
-        if time.monotonic() > deadline:
-            return False
-        print(case.measure(store), file=sys.stderr)
-    return True
-
-
 @dataclass(frozen=True)
 class Case:
     """One shape and number of tokens, and the tiles to measure on it; W8A8's where they are Int8Tiles.
@@ -281,22 +246,26 @@ class Case:
 
     def jobs(self, arch: int) -> list[Job]:
         """What it launches, to compile that ahead."""
-        return jobs_of(((self.problem, tile) for tile in self.tiles), arch)
+        return jobs_of(((self.problem, tile, False) for tile in self.tiles), arch)
 
-    def measure(self, store: Store) -> str:
-        """Measure and keep; a line about it. CheckFailed when a tile's result is wrong."""
+    def measure(self, store: Store, attempt: Attempt) -> str:
+        """Measure and keep; a line about it.
+
+        Args:
+            attempt: of a case, a tile and what makes its timer, the timer; None where the tile is to be left out.
+        """
         from tune_measure import measure_case, measure_int8_case
 
-        p = self.problem
+        p, attempted = self.problem, partial(attempt, self.key[1])
         size = {"n": p.n, "k": p.k, "m": p.m}
         if self.int8:
-            seconds = measure_int8_case(p.m, p.n, p.k, p.dtype, self.tiles, ROUNDS)
+            seconds = measure_int8_case(p.m, p.n, p.k, p.dtype, self.tiles, ROUNDS, attempted)
             store.add(*self.key, {**size, "times": _listed(seconds)})
             best = min(seconds, key=lambda tile: seconds[tile])
             return f"{self.key[1]}: {best} {seconds[best] * 1e6:.1f} us"
-        times, dense, pdl = measure_case(p, self.tiles, ROUNDS, pdl=self.pdl)
-        store.add(*self.key, {"bits": p.bits, **size, "times": _listed(times), "dense": dense, "pdl": pdl})
+        times, dense, pdl = measure_case(p, self.tiles, ROUNDS, attempted, pdl=self.pdl)
         chosen = pick(p.m, times, dense)
+        store.add(*self.key, {"bits": p.bits, **size, "times": _listed(times), "dense": dense, "pdl": pdl})
         return f"{self.key[1]}: {chosen.tile} {chosen.seconds * 1e6:.1f} us, {chosen.over_dense:.2f}x dense"
 
 
@@ -321,33 +290,6 @@ def work(options: argparse.Namespace, arch: int, multiprocessors: int, dtype: An
     return [*first, *experts, *(case for case in found if case not in first)]
 
 
-def _warm(todo: Sequence[Case | ExpertCase], arch: int) -> None:
-    """Compile in parallel what the cases will launch: one after the other it would take an hour."""
-    from check_warm import warm
-
-    start = time.monotonic()
-    jobs = list(dict.fromkeys(job for case in todo for job in case.jobs(arch)))
-    print(f"{warm(jobs)} of {len(jobs)} kernels compiled ahead in {time.monotonic() - start:.0f} s", file=sys.stderr)
-
-
-def _write(options: argparse.Namespace, store: Store, multiprocessors: int) -> int:
-    """The table of what has been measured, if that is enough for one; DONE, or STOPPED where it is not."""
-    from check_time import chip_limits
-
-    try:
-        made = make_table(store, store.about, multiprocessors, chip_limits()["copy_bytes_per_s"])
-    except ValueError as reason:
-        print(f"no table yet: {reason}", file=sys.stderr)
-        return STOPPED
-    path = options.out / table_file(store.about["gpu"])
-    path.write_text(to_text(made), encoding="utf-8")
-    print(f"{path}: {len(made['rows'])} rows; below the dense layer: {len(made['about']['below_dense'])} cases")
-    if options.install:
-        shutil.copyfile(path, TABLES / path.name)
-        print(f"installed as {TABLES / path.name}")
-    return DONE
-
-
 def main(arguments: Sequence[str]) -> int:
     """Runs the command line; the exit status."""
     options = parse(arguments)
@@ -362,6 +304,8 @@ def main(arguments: Sequence[str]) -> int:
             known = json.loads(path.read_text(encoding="utf-8"))
             print(plan(options, known["arch"], known["chip"]["multiprocessors"], torch.bfloat16))
         return DONE
+    from tune_run import tune  # which uses this module
+
     return tune(options)
 
 

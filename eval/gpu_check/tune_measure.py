@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from check_correct import CheckFailed, limit_of
@@ -17,17 +18,20 @@ from lowbit_kernels.int8 import int8_matmul
 from lowbit_kernels.int8_tiles import Int8Tile
 from lowbit_kernels.tiles import Problem, Tile
 
-__all__ = ["measure_case", "measure_int8_case"]
+__all__ = ["Attempt", "measure_case", "measure_int8_case", "median_times"]
+
+Attempt = Callable[..., "Callable[[], float] | None"]
+"""Of a tile and what makes its timer, the timer; None where it raised, or did so in an earlier run."""
 
 CHECKED_TOKENS = 4
 DEVICE = torch.device("cuda")
 
 
 def measure_case(
-    problem: Problem, tiles: Sequence[Tile], rounds: int, *, pdl: bool = False
+    problem: Problem, tiles: Sequence[Tile], rounds: int, attempt: Attempt, *, pdl: bool = False
 ) -> tuple[dict[Tile, float], float, float | None]:
     """Median seconds of each tile, and of the dense layer; and the fastest tile's with launches that overlap over its
-    own without, if ``pdl`` and that tile is fused. CheckFailed when a tile's result is wrong.
+    own without, if ``pdl`` and that tile is fused. Tiles whose result is wrong, or that cannot run, are left out.
     """
     torch.manual_seed(0)
     device, n, k = DEVICE, problem.n, problem.k
@@ -42,27 +46,32 @@ def measure_case(
         error = relative_rms(first(x, tile=tile)[:CHECKED_TOKENS], expected)
         limit = limit_of(problem.dtype, expected.numel(), tile)
         if not error <= limit:
-            raise CheckFailed(f"{problem}, {tile}: relative RMS error {error:.2e}, allowed {limit:.1e}")
+            raise CheckFailed(f"relative RMS error {error:.2e}, allowed {limit:.1e}")
         return GraphTimer([partial(weight, x, tile=tile) for weight in weights])
 
-    timers: dict[str, Callable[[], float]] = {repr(tile): timer(tile) for tile in tiles}
-    dense = [torch.cat([dense_weight(first, problem.dtype, slice(row, row + 4096)) for row in range(0, n, 4096)])]
-    for _ in range(copies_for(2 * n * k, free_memory() // 4) - 1):
-        dense.append((0.1 * torch.randn(n, k, device=device)).to(problem.dtype))
-    timers["dense"] = GraphTimer([partial(torch.nn.functional.linear, x, weight) for weight in dense])
-    timings = interleaved(timers, rounds)
-    times, over = {tile: timings[repr(tile)].median for tile in tiles}, None
-    best = min(times, key=lambda tile: times[tile])
-    if pdl and best.family != "dequant":
-        both = interleaved({"alone": timers[repr(best)], "pdl": timer(replace(best, pdl=True))}, rounds)
-        over = both["pdl"].median / both["alone"].median
+    def dense_layer() -> Callable[[], float]:
+        dense = [torch.cat([dense_weight(first, problem.dtype, slice(row, row + 4096)) for row in range(0, n, 4096)])]
+        for _ in range(copies_for(2 * n * k, free_memory() // 4) - 1):
+            dense.append((0.1 * torch.randn(n, k, device=device)).to(problem.dtype))
+        return GraphTimer([partial(torch.nn.functional.linear, x, weight) for weight in dense])
+
+    timers = _timers(tiles, timer, attempt)
+    timings = interleaved({**timers, "dense": dense_layer()}, rounds)
+    times = {tile: timings[repr(tile)].median for tile in tiles if repr(tile) in timings}
+    best, over = min(times, key=lambda tile: times[tile], default=None), None
+    if pdl and best is not None and best.family != "dequant":
+        overlapping = replace(best, pdl=True)
+        other = attempt(overlapping, partial(timer, overlapping))
+        if other is not None:
+            both = interleaved({"alone": timers[repr(best)], "pdl": other}, rounds)
+            over = both["pdl"].median / both["alone"].median
     return times, timings["dense"].median, over
 
 
 def measure_int8_case(
-    m: int, n: int, k: int, dtype: torch.dtype, tiles: Sequence[Int8Tile], rounds: int
+    m: int, n: int, k: int, dtype: torch.dtype, tiles: Sequence[Int8Tile], rounds: int, attempt: Attempt
 ) -> dict[Int8Tile, float]:
-    """Median seconds of the int8 matmul with each tile. CheckFailed when a tile's result is wrong."""
+    """Median seconds of the int8 matmul with each tile. Tiles whose result is wrong, or cannot run, are left out."""
     torch.manual_seed(0)
     copies = copies_for(n * k, free_memory() // 4)
     weights = [torch.randint(-128, 128, (n, k), dtype=torch.int8, device=DEVICE) for _ in range(copies)]
@@ -71,13 +80,31 @@ def measure_int8_case(
     x_scale, scales = (0.001 + 0.001 * torch.rand(size, device=DEVICE) for size in (m, n))
     rows = slice(0, CHECKED_TOKENS)
     expected = x[rows].double() @ weights[0].double().t() * x_scale[rows].double()[:, None] * scales.double()
-    timers: dict[str, Callable[[], float]] = {}
-    for tile in tiles:
+    limit = limit_of(dtype, expected.numel())
+
+    def timer(tile: Int8Tile) -> Callable[[], float]:
         calls = [partial(int8_matmul, x, x_scale, w, scales, None, out_dtype=dtype, tile=tile) for w in weights]
         error = relative_rms(calls[0]()[rows], expected)
-        limit = limit_of(dtype, expected.numel())
         if not error <= limit:
-            raise CheckFailed(f"W8A8 {m}x{n}x{k}, {tile}: relative RMS error {error:.2e}, allowed {limit:.1e}")
-        timers[repr(tile)] = GraphTimer(calls)
+            raise CheckFailed(f"relative RMS error {error:.2e}, allowed {limit:.1e}")
+        return GraphTimer(calls)
+
+    return median_times(tiles, timer, attempt, rounds)
+
+
+def median_times(
+    tiles: Sequence[Any], timer: Callable[[Any], Callable[[], float]], attempt: Attempt, rounds: int
+) -> dict[Any, float]:
+    """Median seconds of each tile whose timer could be made. ValueError when none could."""
+    timers = _timers(tiles, timer, attempt)
+    if not timers:
+        raise ValueError(f"none of {len(tiles)} tiles can be measured")
     timings = interleaved(timers, rounds)
-    return {tile: timings[repr(tile)].median for tile in tiles}
+    return {tile: timings[repr(tile)].median for tile in tiles if repr(tile) in timings}
+
+
+def _timers(
+    tiles: Sequence[Any], timer: Callable[[Any], Callable[[], float]], attempt: Attempt
+) -> dict[str, Callable[[], float]]:
+    made = {repr(tile): attempt(tile, partial(timer, tile)) for tile in tiles}
+    return {name: timer for name, timer in made.items() if timer is not None}

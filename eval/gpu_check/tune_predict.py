@@ -12,9 +12,10 @@ from tune_model import CHIPS, EFFICIENCY, LATENCY, LAUNCH, Chip, predict, predic
 from tune_table import FLOOR, M_BUCKETS, pick, rows_of, shipped_tiles, table
 
 from lowbit_kernels.dispatch import fill_split
+from lowbit_kernels.table import table_for
 from lowbit_kernels.tiles import Problem, Tile, fits
 
-__all__ = ["TABLES", "predicted_tables", "table_file", "write_predicted"]
+__all__ = ["TABLES", "current_table", "predicted_tables", "table_file", "to_text", "write_predicted"]
 
 TABLES = Path(__file__).resolve().parents[2] / "kernels" / "lowbit_kernels" / "tables"
 SHAPE = (8192, 8192)
@@ -50,6 +51,12 @@ def write_predicted(folder: Path = TABLES) -> list[Path]:
         path.write_text(text, encoding="utf-8")
         written.append(path)
     return written
+
+
+def current_table(arch: int, gpu: str) -> dict[str, Any]:
+    """The JSON content of the table that a GPU has now: its own, else its architecture's or the nearest older one's."""
+    content: dict[str, Any] = json.loads((TABLES / table_file(table_for(arch, gpu).gpu)).read_text(encoding="utf-8"))
+    return content
 
 
 def _predicted(chip: Chip) -> dict[str, Any]:
