@@ -59,7 +59,8 @@ def quantize_(
     else stays.
 
     Args:
-        model: changed in place, also when the call is interrupted half-way.
+        model: changed in place, also when the call is interrupted half-way. A transformers model is then what
+            :func:`lowbit.load` gives: ``save_pretrained`` writes a packed folder. Give the whole model, not its base.
         spec: the grid; 2, 4 or 8 bits when ``packed``. With activations: ``rtn`` or ``gptq``, symmetric, packed.
         method: ``rtn``, ``gptq``, ``awq`` or ``awq+gptq``; all but ``rtn`` need calibration data.
         calibration: token ids ``(windows, seq_len)`` int64, or None.
@@ -84,7 +85,8 @@ def quantize_(
     if calibration is not None:
         find_blocks(model)
         _check_tokens(model, calibration)
-    plan = plan_linearized(model, spec, ignore, in_blocks=calibration is not None, allow_partial=allow_partial)
+    patterns = _patterns(ignore)
+    plan = plan_linearized(model, spec, patterns, in_blocks=calibration is not None, allow_partial=allow_partial)
     where = torch.device(device) if device is not None else next(model.parameters()).device
     report = QuantReport(type(model).__name__, method, spec, plan.coverage, skipped=list(plan.skipped))
     if calibration is not None:
@@ -99,6 +101,10 @@ def quantize_(
     finally:
         for name, module in model.named_modules():
             module.training = training.get(name, False)
+        if hasattr(model, "save_pretrained"):
+            from . import hf
+
+            hf.mark_packed(model)
     for module in (*store.modules.values(), *(m for m in model.modules() if isinstance(m, Experts))):
         module.repack()
     return report
@@ -112,6 +118,12 @@ def _check_method(method: str, spec: QuantSpec, packed: bool) -> None:
             f"{spec.bits}-bit weights have no packed form (packed widths: {PACKED_BITS}); "
             f"lowbit.quantize_(model, spec, packed=False) measures what they would cost"
         )
+
+
+def _patterns(ignore: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(ignore, str):  # a sequence too, of letters
+        raise ValueError(f"ignore must be a sequence of regular expressions, got {ignore!r}; give [{ignore!r}]")
+    return tuple(ignore)
 
 
 def _check_calibration(method: str, calibration: Tensor | None) -> None:
@@ -223,7 +235,7 @@ def quantize(
     where = hf.parse_device(device)
     parse_dtype(dtype)
     request = _Request(
-        model, out, spec, method, smooth, calibration, samples, seq_len, tuple(ignore), dtype, seed, overwrite,
+        model, out, spec, method, smooth, calibration, samples, seq_len, _patterns(ignore), dtype, seed, overwrite,
         allow_partial, trust_remote_code,
     )  # fmt: skip
     with join(where.type) as ranks:

@@ -42,7 +42,8 @@ def check_output(out: str | os.PathLike[str], source: str | os.PathLike[str] | N
     Raises:
         FileExistsError: ``out`` exists and is a file, or a folder while ``overwrite`` is False, or a folder that is
             neither empty nor a model (no config.json): such a folder is never replaced.
-        ValueError: ``out`` is the input folder, lies inside it, or contains it.
+        ValueError: ``out`` is the input folder, lies inside it, or contains it, or is a mount point: that
+            cannot be replaced in one step.
     """
     target = Path(out).expanduser()
     if not target.name:
@@ -54,6 +55,8 @@ def check_output(out: str | os.PathLike[str], source: str | os.PathLike[str] | N
             raise ValueError(f"the output {target} must be outside the input folder {source} and must not contain it")
     if not (target.exists() or target.is_symlink()):
         return
+    if target.is_mount():
+        raise ValueError(f"the output {target} is a mount point, which cannot be replaced; name a folder inside it")
     if not target.is_dir() or target.is_symlink():
         raise FileExistsError(f"the output {target} exists and is not a folder")
     if not overwrite:
@@ -194,7 +197,8 @@ class CheckpointWriter:
         Raises:
             ValueError: no tensor or no config.json was added, or the record has no JSON form.
             FileExistsError: the output appeared meanwhile.
-            OSError: the disk is full or failed. As with any exception, nothing of this writer is left behind.
+            OSError: the disk is full or failed. As with any exception, nothing of this writer is left behind; except
+                where only the last step fails, the move: the message then says where the finished checkpoint is.
         """
         if self._buffer:
             self._flush()
@@ -210,7 +214,14 @@ class CheckpointWriter:
         for path in sorted(self.path.rglob("*")):
             fsync_path(path)
         fsync_path(self.path)
-        self._move_into_place()
+        try:
+            self._move_into_place()
+        except OSError as error:
+            if self.path.exists():
+                self._finished = True  # hours of work: nothing but its name is wrong
+                kept = f"{error}; the finished checkpoint is kept in {self.path}"
+                raise (FileExistsError(kept) if isinstance(error, FileExistsError) else OSError(kept)) from error
+            raise
         return self._out
 
     def _new_file(self, filename: str) -> Path:

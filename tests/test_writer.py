@@ -250,6 +250,44 @@ def test_an_interrupt_around_the_renames_restores_the_old_folder(
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
+@pytest.mark.parametrize("fails", ["appeared meanwhile", "cannot be renamed"])
+def test_a_finished_checkpoint_is_kept_when_only_its_name_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    """The work of hours, and somebody else's folder stays, too."""
+    writer = CheckpointWriter(tmp_path / "out")
+    with pytest.raises(OSError, match="the finished checkpoint is kept in") as raised, writer:
+        for name, tensor in {"a": torch.ones(3)}.items():
+            writer.add(name, tensor)
+        writer.add_json("config.json", {})
+        if fails == "appeared meanwhile":
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "config.json").write_text("somebody else's")
+        else:
+            monkeypatch.setattr(Path, "rename", rename_but_not_to(tmp_path / "out"))
+        writer.finish({})
+    kept = Path(str(raised.value).rpartition("kept in ")[2])
+    assert torch.equal(load_file(kept / "model.safetensors")["a"], torch.ones(3)) and (kept / "lowbit.json").exists()
+    assert (fails == "appeared meanwhile") == (tmp_path / "out").exists()
+
+
+def rename_but_not_to(out: Path) -> Callable[[Path, Path], Path]:
+    rename = Path.rename
+
+    def stop(self: Path, target: Path) -> Path:
+        if Path(target) == out:
+            raise OSError(errno.EBUSY, "Device or resource busy", str(target))
+        return rename(self, target)
+
+    return stop
+
+
+def test_a_mount_point_is_refused_before_the_work() -> None:
+    mounted = next(path for path in ("/proc", "/dev/shm", "/dev") if Path(path).is_mount())
+    with pytest.raises(ValueError, match=f"the output {mounted} is a mount point"):
+        check_output(mounted, None, overwrite=True)
+
+
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).parent.parent
     paths = os.pathsep.join([str(root), str(root / "kernels"), str(root / "tests")])

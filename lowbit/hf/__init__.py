@@ -6,6 +6,7 @@ No other part of lowbit imports transformers.
 from .export import checkpoint_names, companion_files, config_dict, dense_tensors, ignore_names
 from .installed import install, uninstall
 from .loading import load, load_dense
+from .marking import mark_packed
 from .onthefly import LowbitConfig
 from .source import parse_device, resolve
 
@@ -19,6 +20,7 @@ __all__ = [
     "install",
     "load",
     "load_dense",
+    "mark_packed",
     "parse_device",
     "resolve",
     "uninstall",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,9 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
     "sentencepiece.bpe.model", "tekken.json",
 )  # fmt: skip
+
+_ALONE = threading.RLock()
+"""transformers changes its own functions and its verbosity while it loads a model: two at once leave them changed."""
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
 
@@ -223,15 +227,16 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase
 def _quiet() -> Iterator[None]:
     """No progress bar over the weights and no load report: its content is checked, and raised or said in a line.
 
-    transformers' settings are restored, whatever happens.
+    transformers' settings are restored, whatever happens; other threads wait to load theirs.
     """
-    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    if bars:
-        hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity(max(verbosity, logging.ERROR))
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
+    with _ALONE:
+        verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
         if bars:
-            hf_logging.enable_progress_bar()
+            hf_logging.disable_progress_bar()
+        hf_logging.set_verbosity(max(verbosity, logging.ERROR))
+        try:
+            yield
+        finally:
+            hf_logging.set_verbosity(verbosity)
+            if bars:
+                hf_logging.enable_progress_bar()
