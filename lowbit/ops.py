@@ -149,12 +149,16 @@ def to_disk(
     return cpu.to_disk(weight, scales, zeros, bits=bits, k=k, layout=layout)
 
 
-def prepare(device: torch.device) -> None:
-    """Allocate what the kernels share between calls, before a CUDA graph is captured. Does nothing but on CUDA."""
+def prepare(device: torch.device, *, reset: bool = False) -> None:
+    """Allocate what the kernels share between calls, before a CUDA graph is captured. Does nothing but on CUDA.
+
+    Args:
+        reset: begin anew with what is there, whose memory may have been away meanwhile. No kernel may be running.
+    """
     if device.type == "cuda":
         from lowbit_kernels import epilogue
 
-        epilogue.prepare(device)
+        epilogue.prepare(device, reset=reset)
 
 
 def check_packed(

@@ -72,7 +72,7 @@ class LowbitLinearKernel(MPLinearKernel):
 
 def prepare(device: torch.device) -> None:
     """What is done once weights are on their device: the kernels' own memory, and vLLM's wish for equal batches."""
-    ops.prepare(device)
+    ops.prepare(device, reset=True)  # sleep mode gives memory away, and weights are loaded again behind it
     if device.type == "cuda" and envs.VLLM_BATCH_INVARIANT:
         ops.set_batch_invariant(True)
 

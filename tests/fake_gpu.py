@@ -218,8 +218,14 @@ def _check_descriptor(where: str, descriptor: Any) -> None:
         raise AssertionError(f"{where} must be on the GPU, at 16 bytes, with 1 to 5 dimensions")
     if any(not 1 <= extent <= 2**32 for extent in base.shape):
         raise AssertionError(f"{where}: extents {tuple(base.shape)} must be 1 to 2**32")
-    if any(stride * size % 16 or stride * size >= 2**40 for stride in base.stride()[:-1]) or base.stride(-1) != 1:
-        raise AssertionError(f"{where}: strides {base.stride()} must be multiples of 16 bytes below 2**40, the last 1")
+    strides = tuple(descriptor.strides)
+    if any(stride * size % 16 or stride * size >= 2**40 for stride in strides[:-1]) or strides[-1] != 1:
+        raise AssertionError(f"{where}: strides {strides} must be multiples of 16 bytes below 2**40, the last 1")
+    for extent, own, stride in zip(base.shape, base.stride(), strides, strict=True):
+        if extent > 1 and own != stride:
+            raise AssertionError(f"{where}: strides {strides} of a tensor whose are {base.stride()}")
+    if tuple(descriptor.shape) != tuple(base.shape):
+        raise AssertionError(f"{where}: shape {descriptor.shape} of a tensor of {tuple(base.shape)}")
     inner = descriptor.block_shape[-1] * size
     if inner % 16 or any(extent > 256 for extent in descriptor.block_shape):
         raise AssertionError(f"{where}: box {descriptor.block_shape} must be at most 256 wide and of 16-byte rows")

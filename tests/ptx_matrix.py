@@ -14,7 +14,7 @@ import numpy as np
 from ptx_alu import LANES
 from ptx_memory import swizzled
 
-__all__ = ["accumulate", "descriptor_addresses", "fragment", "from_rows", "left", "mma", "right", "to_rows"]
+__all__ = ["accumulate", "cut_sum", "descriptor_addresses", "fragment", "from_rows", "left", "mma", "right", "to_rows"]
 
 Array = Any
 G, T = LANES // 4, LANES % 4
@@ -70,8 +70,44 @@ def accumulate(result: Array, kind: str) -> list[Array]:
 
 
 def mma(a: Sequence[Array], b: Sequence[Array], c: Sequence[Array], kind: str, sum_kind: str) -> list[Array]:
-    """``mma.sync.m16n8k16`` of 16-bit floats, ``m16n8k32`` of int8."""
-    return accumulate(left(a, kind) @ right(b, kind) + fragment(c, sum_kind), sum_kind)
+    """``mma.sync.m16n8k16`` of 16-bit floats, ``m16n8k32`` of int8.
+
+    Floats as on sm_80, whose sums are the coarsest: eight products at a time, 24 bits.
+    """
+    rows, columns, total = left(a, kind), right(b, kind), fragment(c, sum_kind)
+    if sum_kind != "f32":
+        return accumulate(rows @ columns + total, sum_kind)
+    for first in range(0, rows.shape[1], 8):
+        total = cut_sum(rows[:, first : first + 8], columns[first : first + 8], total, 24)
+    return accumulate(total, sum_kind)
+
+
+def cut_sum(a: Array, b: Array, c: Array, bits: int) -> Array:
+    """``a (M, K) @ b (K, N) + c`` in float64, holding float32, as tensor cores add it up.
+
+    Every product and ``c`` are cut off, towards zero, ``bits`` places behind the first of the largest of them; their
+    sum is, to float32. A product's first place is the sum of its factors' (so it may have one place more). After
+    "MMA-Sim: Bit-Accurate Reference Model of Tensor Cores and Matrix Cores" (github.com/microsoft/MMA-Sim): 25 bits and
+    16 products on sm_90, 24 and 8 on sm_80. Infinities and NaN as in float64.
+    """
+    products = a[:, :, None] * b[None]
+    exponents = _exponents(a)[:, :, None] + _exponents(b)[None]
+    exponents[products == 0] = _NOTHING
+    unit = np.ldexp(1.0, np.clip(np.maximum(exponents.max(1), _exponents(c)) - bits, -1000, 1000))
+    with np.errstate(invalid="ignore"):
+        total = np.trunc(products / unit[:, None]).sum(1) + np.trunc(c / unit)
+        nearest = (total * unit).astype(np.float32)
+        beyond = np.abs(nearest.astype(np.float64)) > np.abs(total * unit)
+    return np.where(beyond, np.nextafter(nearest, np.float32(0)), nearest).astype(np.float64)
+
+
+_NOTHING = -5000
+
+
+def _exponents(x: Array) -> Array:
+    """Of the first bit; far below everything for zero, and for what is no number, which stays what it is."""
+    found = np.frexp(x)[1].astype(np.int32) - 1
+    return np.where((x == 0) | ~np.isfinite(x), _NOTHING, found)
 
 
 def from_rows(rows: Array, transposed: bool) -> Array:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ptx_alu import LANES
-from ptx_matrix import accumulate, descriptor_addresses, fragment, from_rows, left, mma, numbers, to_rows
+from ptx_matrix import accumulate, cut_sum, descriptor_addresses, fragment, from_rows, left, mma, numbers, to_rows
 from ptx_memory import PENDING, SHARED_BASE, TensorMap, wavefronts
 
 __all__ = ["Copy", "PtxError", "Unit"]
@@ -324,9 +324,10 @@ class Unit:
         in_registers = bool(product.registers)
         a = left(product.words, product.kind) if in_registers else _rows(shared.bytes[product.left], product.kind)
         b = _rows(shared.bytes[product.right], product.kind)
-        total = a @ b.T
+        total = np.zeros((len(a), len(b)))
         if not product.fresh:
-            total += fragment([self.sums[register] for register in product.accumulators], product.sums)
+            total = fragment([self.sums[register] for register in product.accumulators], product.sums)
+        total = cut_sum(a, b.T, total, 25) if product.sums == "f32" else a @ b.T + total
         for register, words in zip(product.accumulators, accumulate(total, product.sums), strict=True):
             self.sums[register] = words
 

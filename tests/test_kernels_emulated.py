@@ -125,3 +125,17 @@ def test_no_order_of_warps_and_programs_changes_a_bit(tile):
             packed, x = random_packed(*packed_kind, asymmetric=True), torch.randn(5, 1152, device=CUDA).to(BF16)
             results.append(packed(x, tile=tile).cpu())
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_activations_with_a_mean_keep_to_the_limit(arch):
+    """Tensor cores cut sums off towards zero: whatever is large beside the weights, such as an offset, is a bias."""
+    with emulated_gpu(arch):
+        torch.manual_seed(6)
+        x = (torch.randn(8, 2048, device=CUDA).abs() + 1).half()
+        for bits, asymmetric, tile in itertools.product(
+            (2, 4), (False, True), (Tile("triton", 8, 64, 1, 2, 4), Tile("triton", 16, 128, 1, 4, 4))
+        ):
+            packed = random_packed(128, 2048, bits, 128, torch.float16, CUDA, asymmetric=asymmetric)
+            error = relative_rms(packed(x, tile=tile), reference(x, packed))
+            assert error < 2.4e-4, f"{bits} bits, {tile}: {error:.2e}; one rounding to fp16 is 2.1e-4"

@@ -114,7 +114,7 @@ def family_tile(family: str, problem: Problem, arch: int, multiprocessors: int =
 
 def _shapes(tiny: bool) -> list[tuple[int, int, int, int, int, bool, bool]]:
     """(m, n, k, bits, group, asymmetric, bias)."""
-    tiny = [
+    small = [
         (1, 64, 128, 4, 128, False, False),
         (3, 40, 256, 4, 64, True, True),
         (17, 33, 96, 4, 32, True, False),
@@ -123,9 +123,9 @@ def _shapes(tiny: bool) -> list[tuple[int, int, int, int, int, bool, bool]]:
         (1, 16, 256, 2, 64, True, False),
     ]
     if tiny:
-        return tiny
+        return small
     return [
-        *tiny,
+        *small,
         (1, 4096, 4096, 4, 128, False, False),
         (8, 4104, 4096, 4, 128, True, True),
         (16, 6144, 4096, 4, 64, False, False),

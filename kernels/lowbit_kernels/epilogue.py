@@ -11,6 +11,8 @@ only when more than COUNTERS / 2 tiles lie between them; two such graphs must no
 
 from __future__ import annotations
 
+import threading
+
 import torch
 import triton
 import triton.language as tl
@@ -23,25 +25,43 @@ COUNTERS = 1 << 20
 
 _counters: dict[torch.device, Tensor] = {}
 _next: dict[tuple[torch.device, bool], int] = {}
+_one_at_a_time = threading.Lock()
 
 
-def prepare(device: torch.device) -> None:
-    """Make the counters of ``device``. A first call inside a CUDA graph's memory pool would come too late for this."""
-    if device.type == "cuda" and device not in _counters:
+def prepare(device: torch.device, *, reset: bool = False) -> None:
+    """Make the counters of ``device``. A first call inside a CUDA graph's memory pool would come too late for this.
+
+    Args:
+        reset: set them to zero where there are some, whose memory may have been given away and taken back (vLLM's sleep
+            mode). No kernel may be running.
+    """
+    if device.type != "cuda":
+        return
+    if device not in _counters:
         _counters[device] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    elif reset:
+        _counters[device].zero_()
 
 
 def workspace(tiles: int, split_k: int, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Partial sums ``(tiles, split_k, block)`` fp32, not initialised, and ``tiles`` counters, zero."""
+    """Partial sums ``(tiles, split_k, block)`` fp32, not initialised, and ``tiles`` counters, zero.
+
+    Raises:
+        RuntimeError: a CUDA graph is captured before there are counters, which would be zero only once it replays.
+    """
     partials = torch.empty(tiles, split_k, block, dtype=torch.float32, device=device)
     if device.type != "cuda":
         return partials, torch.zeros(tiles, dtype=torch.int32, device=device)
-    prepare(device)
     captured = torch.cuda.is_current_stream_capturing()
     size = -(-tiles // 4) * 4  # 16 bytes: an aligned pointer is another compilation than one that is not
-    begin = _next.get((device, captured), 0)
-    begin = 0 if begin + size > COUNTERS // 2 else begin
-    _next[device, captured] = begin + size
+    with _one_at_a_time:
+        if device not in _counters:
+            if captured:
+                raise RuntimeError(f"{device}: call lowbit_kernels.epilogue.prepare, or the matmul, before a capture")
+            prepare(device)
+        begin = _next.get((device, captured), 0)
+        begin = 0 if begin + size > COUNTERS // 2 else begin
+        _next[device, captured] = begin + size
     begin += COUNTERS // 2 if captured else 0
     return partials, _counters[device][begin : begin + tiles]
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from .cases import CompileCase
 from .checks import check_arguments
 from .epilogue import workspace
-from .hopper_plan import gluon_shared_bytes, reps
+from .hopper_plan import gluon_shared_bytes, packed_strides, reps
 from .overlap import launch_options
 from .releases import gluon_missing
 from .tiles import Problem, Tile, cdiv, why_not
@@ -188,7 +188,7 @@ def descriptors(
     zero_list = scale_list if zeros is None else zeros.view(-1)
     shapes = _blocks(tile, problem.bits, scale_list.dtype, zero_list.dtype)
     return [
-        TensorDescriptor.from_tensor(tensor, list(shape), layout)
+        TensorDescriptor(tensor, list(tensor.shape), packed_strides(tensor.shape), list(shape), layout)
         for tensor, (shape, layout) in zip((x, words, scale_list, zero_list), shapes, strict=True)
     ]
 

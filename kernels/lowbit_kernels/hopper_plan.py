@@ -6,6 +6,7 @@ the GPU. So the rings, phases, unit slots and shares of columns that the tests r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ __all__ = [
     "gluon_shared_bytes",
     "gluon_why_not",
     "group_of",
+    "packed_strides",
     "pair_shift",
     "pair_text",
     "reps",
@@ -28,6 +30,8 @@ STEP = 128
 """Columns of a step, at 4 and 8 bits alike: one or two units of each 16 rows."""
 SHARED_LIMIT = 232_448
 """Bytes of shared memory that one program may use on sm_90."""
+SHARED_SHARE = 233_472 // 2 - 1024
+"""Bytes of each of two on a multiprocessor: it has 228 KiB, and every program costs one besides its own."""
 ACCUMULATORS = 128
 """Tokens times 64-row blocks of one warpgroup: 64 fp32 sums per lane, and as many for the dot products under way."""
 
@@ -122,10 +126,18 @@ def gluon_why_not(tile: Tile, problem: Problem) -> str | None:
     groups = 1 if problem.group_size == -1 else problem.k // problem.group_size
     if groups * problem.n + 256 >= 1 << 31:
         return f"{groups} groups of {problem.n} rows are more scales than the copy engine's 32-bit coordinates"
-    needed, share = gluon_shared_bytes(tile, problem), SHARED_LIMIT // (2 if tile.num_warps == 4 else 1)
+    needed, share = gluon_shared_bytes(tile, problem), SHARED_SHARE if tile.num_warps == 4 else SHARED_LIMIT
     if needed > share:
         return f"{needed} bytes of shared memory, a program of {tile.num_warps} warps has {share}"
     return None
+
+
+def packed_strides(shape: Sequence[int]) -> list[int]:
+    """Strides of a contiguous tensor as the copy engine wants them: torch's may be any where there is one row."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return strides
 
 
 def slot_of(i: int, STAGES: int) -> int:

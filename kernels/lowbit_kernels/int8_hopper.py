@@ -18,6 +18,7 @@ from torch import Tensor
 from .cases import CompileCase
 from .epilogue import workspace
 from .hopper import gluon_language
+from .hopper_plan import packed_strides
 from .int8_tiles import HOPPER_TILES, Int8Tile, shared_bytes
 from .overlap import launch_options
 from .releases import gluon_missing
@@ -55,7 +56,7 @@ def launch(
             raise ValueError(f"{name} must start at a multiple of 16 bytes, got address {tensor.data_ptr():#x}")
     (m, k), n = x_q.shape, w_q.shape[0]
     descriptors = [
-        TensorDescriptor.from_tensor(tensor, list(shape), layout)
+        TensorDescriptor(tensor, list(tensor.shape), packed_strides(tensor.shape), list(shape), layout)
         for tensor, (shape, layout) in zip((x_q, w_q), _blocks(tile), strict=True)
     ]
     count = cdiv(m, tile.block_m) * cdiv(n, 128)

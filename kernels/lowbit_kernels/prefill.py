@@ -5,14 +5,16 @@ weights are written to and read from the second-level cache (50 MB on an H100) a
 Every chunk's product goes straight to its columns of the result.
 
 Numerics: each weight ``(code - zero) * scale`` is computed in fp32 and rounded once to float16, which the fused
-families do not do; sums are cuBLAS's, in fp32. With fp16 activations cuBLAS adds the bias before it rounds the result,
-and the rounding of weights adds about as much error as that of the result: expect sqrt(2) of a fused family's. With
-bf16 ones they and the weights go through powers of two to float16 and the result comes back (halves.py): in bf16 itself
-the weights' rounding would be eight times as coarse, and the sum of both 2.1e-3 to 2.4e-3 instead of 1.7e-3.
+families do not do; sums are cuBLAS's, in fp32 whatever torch's setting for fp16 is. With fp16 activations cuBLAS adds
+the bias before it rounds the result, and the rounding of weights adds about as much error as that of the result: expect
+sqrt(2) of a fused family's. With bf16 ones they and the weights go through powers of two to float16 and the result
+comes back (halves.py): in bf16 itself the weights' rounding would be eight times as coarse, and the sum of both 2.1e-3
+to 2.4e-3 instead of 1.7e-3.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -162,10 +164,11 @@ def _multiply(
 ) -> None:
     chunks = _chunks(tiles, scales, zeros, x.shape[1], x.dtype, bits=bits, group_size=group_size)
     for rows, chunk in chunks:
-        if bias is None:
-            torch.mm(x, chunk.t(), out=out[:, rows])
-        else:
-            torch.addmm(bias[rows].to(x.dtype), x, chunk.t(), out=out[:, rows])
+        with fp32_sums():
+            if bias is None:
+                torch.mm(x, chunk.t(), out=out[:, rows])
+            else:
+                torch.addmm(bias[rows].to(x.dtype), x, chunk.t(), out=out[:, rows])
 
 
 def _through_halves(
@@ -187,9 +190,22 @@ def _through_halves(
         tiles, scales, zeros, x.shape[1], sums.dtype, bits=bits, group_size=group_size, factors=weight_factors[0]
     )
     for rows, chunk in chunks:
-        torch.mm(x16, chunk.t(), out=sums[:, rows])
+        with fp32_sums():
+            torch.mm(x16, chunk.t(), out=sums[:, rows])
         own_bias = None if bias is None else bias[rows]
         widen(sums[:, rows], out[:, rows], token_factors[1], weight_factors[1, rows], own_bias)
+
+
+@contextlib.contextmanager
+def fp32_sums() -> Iterator[None]:
+    """Within it cuBLAS adds shares of fp16 products in fp32; torch's default lets it add them in fp16."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_fp16_reduced_precision_reduction
+    matmul.allow_fp16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_fp16_reduced_precision_reduction = before
 
 
 def _chunks(

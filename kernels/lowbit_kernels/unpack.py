@@ -1,16 +1,21 @@
 """Device helpers of the fused kernels: words of the GPU layout (layout.py) -> an operand of the tensor cores.
 
 A word holds pairs of codes, ``k`` in its low and ``k + 1`` in its high half, so a shift, a mask and an OR turn one into
-two 16-bit floats at once: the bits of a float whose ulp is 1, with a code in its mantissa. What comes out is ``code +
-RAW``, an exact integer, with RAW (:func:`raw_offset`) left to the caller, who subtracts ``RAW * sum(x)`` from the dot
-product. That spends no instruction on centring or scaling a weight. Where sums of x cost more than one instruction per
-pair, the values come out centred, as ``code - 2**(bits - 1)``, by one packed addition.
+two 16-bit floats at once: the bits of a power of two, with a code where the mantissa counts ones. What comes out is
+``code + RAW``, an exact integer, with RAW (:func:`raw_offset`) left to the caller, who subtracts ``RAW * sum(x)`` from
+the dot product. That spends no instruction on centring or scaling a weight. Where sums of x cost more than one
+instruction per pair, the values come out centred, as ``code - 2**(bits - 1)``, by one packed addition.
+
+RAW should be small: tensor cores cut off each product, and the sum so far, some 25 bits below the largest of them,
+always towards zero (README.md, "Sums of the tensor cores"). Of terms of 1024 and more that is a bias which
+``RAW * sum(x)`` does not have.
 
 | codes, dtype       | the bits of a value                                      | RAW  | per pair                |
 |--------------------|----------------------------------------------------------|------|-------------------------|
 | 2, 4 bits, bf16    | 0x4300 or code: 128, ulp 1                               | 128  | shift, lop3             |
-| 2, 4 bits, fp16    | 0x6400 or code: 1024, ulp 1                              | 1024 | shift, lop3             |
-| 8 bits, fp16       | the same                                                 | 1024 | prmt                    |
+| 2 bits, fp16       | 0x4400 or code << 8: 4, ulp 2**-8                        | 4    | rotation, lop3          |
+| 4 bits, fp16       | 0x5400 or code << 4: 64, ulp 2**-4                       | 64   | rotation, lop3          |
+| 8 bits, fp16       | 0x6400 or code: 1024, ulp 1                              | 1024 | prmt                    |
 | 8 bits, bf16       | 7 mantissa bits: (128 + code % 128) less 128 or less 256 | -128 | shift, 2 lop3, fma      |
 | centred            |                                                          | -mid | one fma or add more     |
 | any, fp32          | converted; only Triton's interpreter multiplies fp32     | -mid | -                       |
@@ -34,11 +39,12 @@ def raw_offset(bits: int, dtype: torch.dtype, centred: bool) -> float:
     """What :func:`unpack_columns` adds to a code. 8 bits in bf16 and anything in fp32 are centred in any case."""
     if centred or dtype == torch.float32 or (dtype == torch.bfloat16 and bits == 8):
         return float(-(2 ** (bits - 1)))
-    return 1024.0 if dtype == torch.float16 else 128.0
+    return {2: 4.0, 4: 64.0, 8: 1024.0}[bits] if dtype == torch.float16 else 128.0
 
 
 def conversion(bits: int, dtype: torch.dtype, centred: bool) -> str:
-    """PTX for one pair: ``$0`` two floats, ``$1`` the word, ``$2`` the pair's shift (8 bits in fp16: prmt's selector).
+    """PTX for one pair: ``$0`` two floats, ``$1`` the word, ``$2`` the pair's shift to the right; in fp16 its rotation
+    to the left, and of 8 bits prmt's selector.
 
     lop3's table 0xEA is ``(a & b) | c`` and 0x6A is ``(a & b) ^ c`` (PTX ISA, "lop3").
     """
@@ -50,9 +56,13 @@ def conversion(bits: int, dtype: torch.dtype, centred: bool) -> str:
             "shr.u32 s, $1, $2; lop3.b32 a, s, 0x007f007f, c, 0xea; lop3.b32 b, s, 0x00800080, d, 0x6a; "
             "fma.rn.bf16x2 $0, b, m, a; }"
         )
-    one, exponent = (0x3F80, 0x4300) if dtype == torch.bfloat16 else (0x3C00, 0x6400)
-    minus = exponent | 0x8000 | middle  # -(128 + middle) or -(1024 + middle)
-    raw = f"shr.u32 s, $1, $2; lop3.b32 a, s, {mask:#010x}, c, 0xea;"
+    if dtype == torch.bfloat16:
+        one, exponent, place, shift = 0x3F80, 0x4300, 0, "shr.u32 s, $1, $2;"
+    else:
+        one, exponent, place = 0x3C00, *{2: (0x4400, 8), 4: (0x5400, 4), 8: (0x6400, 0)}[bits]
+        shift = "shf.l.wrap.b32 s, $1, $1, $2;"
+    minus = exponent | 0x8000 | middle << place  # -(RAW + middle)
+    raw = f"{shift} lop3.b32 a, s, {mask << place:#010x}, c, 0xea;"
     constant = exponent * 0x10001
     if bits == 8:
         raw, constant = "prmt.b32 a, $1, c, $2;", 0x64646464
@@ -72,15 +82,20 @@ def _pair(words, INDEX: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, R
         return tl.join((codes & 0xFFFF).to(tl.float32) + RAW, (codes >> 16).to(tl.float32) + RAW)
     elif PTX == "":
         tl.static_assert(DTYPE == tl.float16, "without assembly: float16 and float32")  # noqa: SIM300
-        both = ((words >> (BITS * INDEX)) & MASK) | 0x64006400
+        PLACE: tl.constexpr = 8 if BITS == 2 else 4 if BITS == 4 else 0
+        POWER: tl.constexpr = 4.0 if BITS == 2 else 64.0 if BITS == 4 else 1024.0
+        EXPONENT: tl.constexpr = 0x44004400 if BITS == 2 else 0x54005400 if BITS == 4 else 0x64006400
+        both = (((words >> (BITS * INDEX)) & MASK) << PLACE) | EXPONENT
         low = both.to(tl.uint16).to(tl.float16, bitcast=True)
         high = (both >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
-        if RAW != 1024:
-            low, high = low + (RAW - 1024.0), high + (RAW - 1024.0)
+        if RAW != POWER:
+            low, high = low + (RAW - POWER), high + (RAW - POWER)
         return tl.join(low, high)
     else:
         HALVES: tl.constexpr = DTYPE == tl.float16  # noqa: SIM300
-        PARAMETER: tl.constexpr = 0x4240 + 0x0101 * INDEX if BITS == 8 and HALVES else BITS * INDEX
+        ROTATION: tl.constexpr = ((8 if BITS == 2 else 4) - BITS * INDEX) % 32
+        OF_HALVES: tl.constexpr = 0x4240 + 0x0101 * INDEX if BITS == 8 else ROTATION
+        PARAMETER: tl.constexpr = OF_HALVES if HALVES else BITS * INDEX
         both = tl.inline_asm_elementwise(PTX, "=r,r,r", [words, PARAMETER], dtype=tl.int32, is_pure=True, pack=1)
         low = both.to(tl.uint16).to(DTYPE, bitcast=True)
         return tl.join(low, (both >> 16).to(tl.uint16).to(DTYPE, bitcast=True))
