@@ -134,7 +134,7 @@ def test_activations_with_a_mean_keep_to_the_limit(arch):
         torch.manual_seed(6)
         x = (torch.randn(8, 2048, device=CUDA).abs() + 1).half()
         for bits, asymmetric, tile in itertools.product(
-            (2, 4), (False, True), (Tile("triton", 8, 64, 1, 2, 4), Tile("triton", 16, 128, 1, 4, 4))
+            (2, 4, 8), (False, True), (Tile("triton", 8, 64, 1, 2, 4), Tile("triton", 16, 128, 1, 4, 4))
         ):
             packed = random_packed(128, 2048, bits, 128, torch.float16, CUDA, asymmetric=asymmetric)
             error = relative_rms(packed(x, tile=tile), reference(x, packed))

@@ -171,7 +171,7 @@ else:
 
     @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
     def test_a_mean_in_x_costs_no_accuracy(symmetric, arch):
-        """(1024 + zero) * sum(x) comes off a sum of the same size: what is lost there is fp32's, not fp16's."""
+        """(64 + zero) * sum(x) comes off a sum of the same size: what is lost there is fp32's, not fp16's."""
         case = Case(8, 32, 512, symmetric=symmetric)
         qw, (_, *rest) = tensors(case, torch.float16)
         x = (8 + torch.randn(case.m, case.k)).half()

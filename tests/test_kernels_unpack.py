@@ -119,7 +119,8 @@ def test_every_half_word_becomes_its_codes(bits, dtype, centred):
         for pair in range(16 // bits):
             parameter = bits * pair
             if dtype == torch.float16:
-                parameter = 0x4240 + 0x0101 * pair if bits == 8 else ({2: 8, 4: 4}[bits] - bits * pair) % 32
+                rotation = ({2: 8, 4: 4, 8: 2}[bits] - bits * pair) % 32
+                parameter = 0x4240 + 0x0101 * pair if bits == 8 and centred else rotation
             out = execute(ptx, words, parameter)
             for half, out_half in ((low, out & np.uint32(0xFFFF)), (high, out >> np.uint32(16))):
                 codes = half >> np.uint32(bits * pair) & np.uint32(2**bits - 1)

@@ -15,7 +15,8 @@ always towards zero (README.md, "Sums of the tensor cores"). Of terms of 1024 an
 | 2, 4 bits, bf16    | 0x4300 or code: 128, ulp 1                               | 128  | shift, lop3             |
 | 2 bits, fp16       | 0x4400 or code << 8: 4, ulp 2**-8                        | 4    | rotation, lop3          |
 | 4 bits, fp16       | 0x5400 or code << 4: 64, ulp 2**-4                       | 64   | rotation, lop3          |
-| 8 bits, fp16       | 0x6400 or code: 1024, ulp 1                              | 1024 | prmt                    |
+| 8 bits, fp16       | 0x5C00 or code << 2: 256, ulp 2**-2                      | 256  | rotation, lop3          |
+| 8 bits, fp16, to be centred | 0x6400 or code: 1024, ulp 1                     | -    | prmt                    |
 | 8 bits, bf16       | 7 mantissa bits: (128 + code % 128) less 128 or less 256 | -128 | shift, 2 lop3, fma      |
 | centred            |                                                          | -mid | one fma or add more     |
 | any, fp32          | converted; only Triton's interpreter multiplies fp32     | -mid | -                       |
@@ -39,12 +40,12 @@ def raw_offset(bits: int, dtype: torch.dtype, centred: bool) -> float:
     """What :func:`unpack_columns` adds to a code. 8 bits in bf16 and anything in fp32 are centred in any case."""
     if centred or dtype == torch.float32 or (dtype == torch.bfloat16 and bits == 8):
         return float(-(2 ** (bits - 1)))
-    return {2: 4.0, 4: 64.0, 8: 1024.0}[bits] if dtype == torch.float16 else 128.0
+    return {2: 4.0, 4: 64.0, 8: 256.0}[bits] if dtype == torch.float16 else 128.0
 
 
 def conversion(bits: int, dtype: torch.dtype, centred: bool) -> str:
     """PTX for one pair: ``$0`` two floats, ``$1`` the word, ``$2`` the pair's shift to the right; in fp16 its rotation
-    to the left, and of 8 bits prmt's selector.
+    to the left, and of 8 bits to be centred prmt's selector.
 
     lop3's table 0xEA is ``(a & b) | c`` and 0x6A is ``(a & b) ^ c`` (PTX ISA, "lop3").
     """
@@ -59,13 +60,13 @@ def conversion(bits: int, dtype: torch.dtype, centred: bool) -> str:
     if dtype == torch.bfloat16:
         one, exponent, place, shift = 0x3F80, 0x4300, 0, "shr.u32 s, $1, $2;"
     else:
-        one, exponent, place = 0x3C00, *{2: (0x4400, 8), 4: (0x5400, 4), 8: (0x6400, 0)}[bits]
+        one, exponent, place = 0x3C00, *{2: (0x4400, 8), 4: (0x5400, 4), 8: (0x5C00, 2)}[bits]
         shift = "shf.l.wrap.b32 s, $1, $1, $2;"
     minus = exponent | 0x8000 | middle << place  # -(RAW + middle)
     raw = f"{shift} lop3.b32 a, s, {mask << place:#010x}, c, 0xea;"
     constant = exponent * 0x10001
-    if bits == 8:
-        raw, constant = "prmt.b32 a, $1, c, $2;", 0x64646464
+    if bits == 8 and centred:  # what the addition takes off again may be large
+        raw, constant, minus = "prmt.b32 a, $1, c, $2;", 0x64646464, 0x6400 | 0x8000 | middle
     kind = "bf16x2" if dtype == torch.bfloat16 else "f16x2"
     finish = "mov.b32 $0, a;"
     if centred:
@@ -82,9 +83,9 @@ def _pair(words, INDEX: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, R
         return tl.join((codes & 0xFFFF).to(tl.float32) + RAW, (codes >> 16).to(tl.float32) + RAW)
     elif PTX == "":
         tl.static_assert(DTYPE == tl.float16, "without assembly: float16 and float32")  # noqa: SIM300
-        PLACE: tl.constexpr = 8 if BITS == 2 else 4 if BITS == 4 else 0
-        POWER: tl.constexpr = 4.0 if BITS == 2 else 64.0 if BITS == 4 else 1024.0
-        EXPONENT: tl.constexpr = 0x44004400 if BITS == 2 else 0x54005400 if BITS == 4 else 0x64006400
+        PLACE: tl.constexpr = 8 if BITS == 2 else 4 if BITS == 4 else 2
+        POWER: tl.constexpr = 4.0 if BITS == 2 else 64.0 if BITS == 4 else 256.0
+        EXPONENT: tl.constexpr = 0x44004400 if BITS == 2 else 0x54005400 if BITS == 4 else 0x5C005C00
         both = (((words >> (BITS * INDEX)) & MASK) << PLACE) | EXPONENT
         low = both.to(tl.uint16).to(tl.float16, bitcast=True)
         high = (both >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
@@ -93,8 +94,8 @@ def _pair(words, INDEX: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, R
         return tl.join(low, high)
     else:
         HALVES: tl.constexpr = DTYPE == tl.float16  # noqa: SIM300
-        ROTATION: tl.constexpr = ((8 if BITS == 2 else 4) - BITS * INDEX) % 32
-        OF_HALVES: tl.constexpr = 0x4240 + 0x0101 * INDEX if BITS == 8 else ROTATION
+        ROTATION: tl.constexpr = ((8 if BITS == 2 else 4 if BITS == 4 else 2) - BITS * INDEX) % 32
+        OF_HALVES: tl.constexpr = 0x4240 + 0x0101 * INDEX if BITS == 8 and RAW < 0 else ROTATION
         PARAMETER: tl.constexpr = OF_HALVES if HALVES else BITS * INDEX
         both = tl.inline_asm_elementwise(PTX, "=r,r,r", [words, PARAMETER], dtype=tl.int32, is_pure=True, pack=1)
         low = both.to(tl.uint16).to(DTYPE, bitcast=True)

@@ -78,16 +78,18 @@ def compile_case(tile: Tile, problem: Problem, archs: tuple[int, ...] = (90,)) -
         tokens=tile.block_m,
         wgmma=None if constexprs["FOR_MMA"] else "registers",
         registers_only=True,
-        integer_budget=_integer_budget(tile.block_m, problem.bits, problem.group_size),
+        integer_budget=_integer_budget(tile.block_m, problem, constexprs["RAW"]),
         extra={"shared_bound": shared_bytes(tile, problem), "tile": tile},
     )
 
 
-def _integer_budget(tokens: int, bits: int, group_size: int) -> float:
+def _integer_budget(tokens: int, problem: Problem, raw: float) -> float:
     """Integer instructions per weight in the main loop at most: what the worst architecture needs, and a few percent.
 
-    The conversion alone is 7/8 at 4 bits (a lop3 per pair, three shifts per four), 1/2 or 5/4 at 8 bits in fp16, bf16.
+    The conversion alone is 7/8 at 4 bits (a lop3 per pair, three shifts per four), at 8 bits 5/4 in bf16, in fp16 1/2
+    where it is centred, else 1.
     """
-    small_groups = group_size in (32, 64)
-    few = {2: 1.85, 4: 1.85 if small_groups else 1.55, 8: 3.3 if small_groups else 2.1}[bits]
+    small_groups = problem.group_size in (32, 64)
+    eight = 3.3 if small_groups else 2.5 if raw > 0 else 2.1
+    few = {2: 1.85, 4: 1.85 if small_groups else 1.55, 8: eight}[problem.bits]
     return few * (1.0 if tokens <= 16 else 1.07 if tokens <= 32 else 2.4)
