@@ -285,3 +285,14 @@ def test_a_measured_shape_keeps_its_split_and_others_fill():
         near = choose(Problem(1, 4096, 2048, 4, 128, torch.float16), 90, gpu_name="a GPU")
         assert near.split_k == fill_split(near, Problem(1, 4096, 2048, 4, 128, torch.float16), 90, 132)
     dispatch._choose.cache_clear()
+
+
+@pytest.mark.parametrize("name", [None, "NVIDIA H200"])
+def test_small_groups_get_no_tile_that_would_spill(name):
+    """Sums of 128 tokens beside a scale and a zero per 32 or 64 columns are more than the registers."""
+    widest = {}
+    for size, m, bits in itertools.product((32, 64, 128), (256, 512, 1024, 4096), (2, 4, 8)):
+        tile = choose(Problem(m, 4096, 4096, bits, size, torch.bfloat16, True), 90, gpu_name=name)
+        if tile.family == "triton":
+            widest[size] = max(widest.get(size, 0), tile.block_m)
+    assert widest[32] == widest[64] == 64 and widest[128] == 128

@@ -30,6 +30,9 @@ FEWEST_STEPS = 4
 """Steps along K that a program should have at least, to fill its pipeline."""
 SHARE_STEPS = 2.5
 """Steps of 128 columns in which a program could also have stored, or read, the sums of a tile: 42 GB/s from the L2."""
+WIDEST_OF_SMALL_GROUPS = 64
+"""Tokens of a tile of the triton family where 32 or 64 columns share a scale and a zero: the sums of 128 leave no
+registers for those (up to 556 bytes of spills in the machine code for sm_90). Tables are of groups of 128."""
 ANY_SHAPE = 2.0
 """Distance, in powers of two of n and k together, at which a series for any shape is nearer than a measured one."""
 
@@ -112,6 +115,8 @@ def _choose(problem: Problem, arch: int, gpu_name: str | None, fused_only: bool,
         tile = next(row.tile for row in reversed(rows) if row.tile.family != "dequant")
     if tile.family in HOPPER and (arch != 90 or not hopper):
         tile = replace(tile, family="triton") if tile.family == "gluon" or fused_only else Tile("dequant", 1, 16)
+    if tile.family == "triton" and tile.block_m > WIDEST_OF_SMALL_GROUPS and problem.group_size in (32, 64):
+        tile = replace(tile, block_m=WIDEST_OF_SMALL_GROUPS)
     same_shape = key[2:] == (problem.n, problem.k)
     found = _fitted(tile, same_shape, problem, arch, table.multiprocessors, fused_only)
     return replace(found, pdl=found.family != "dequant" and uses_pdl(arch, gpu_name))
