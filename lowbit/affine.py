@@ -63,7 +63,9 @@ def round_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
     weight of its group.
     """
     info = torch.finfo(dtype)
-    return scales.clamp(info.tiny, info.max).to(dtype)
+    # Float16's subnormals are as exact to multiply by as any number, and 8 bits need them for weights of 1e-3. What is
+    # subnormal in float32, where kernels compute, may be flushed to zero.
+    return scales.clamp(max(info.smallest_normal * info.eps, torch.finfo(torch.float32).tiny), info.max).to(dtype)
 
 
 def minmax_grid(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:

@@ -147,7 +147,7 @@ class _BlockWork:
         self.last = index == len(inputs.arguments) - 1
         self.store, self.heap = store, heap
         self.modules = linears(block.module)
-        found = linear_groups(block, inputs, index, how.device)
+        found = linear_groups(block, inputs, index, how.device, wanted)
         how.ranks.agree({f"the order of the linears in {block.name}": str([group.names for group in found])})
         kept = [LinearGroup(tuple(n for n in g.names if n in set(wanted)), g.unread) for g in found]
         self.groups = [group for group in kept if group.names]

@@ -43,7 +43,7 @@ app = typer.Typer(
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or id on the Hugging Face hub.")]
 DeviceOption = Annotated[str, typer.Option(help="auto (CUDA when there is one, else CPU), cpu, cuda, cuda:N.")]
-DtypeOption = Annotated[str, typer.Option(help="Compute dtype: auto (the model's own), float32, float16 or bfloat16.")]
+DtypeOption = Annotated[str, typer.Option(help="Compute dtype: auto (config.json's), float32, float16 or bfloat16.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model; refused without this.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,11 +21,13 @@ from .checkpoint import (
     quantization_config,
     read_checkpoint,
 )
+from .companions import copy_companions
 from .dtypes import DTYPES, dtype_name, parse_dtype
-from .expand import DenseLayout, dense_tensors, expand, is_merged
+from .expand import DenseLayout, check_experts, dense_tensors, expand, is_merged
 from .formats.awq import awq_config, awq_tensors, check_awq
 from .formats.compressed import CompressedFormat
 from .formats.gptq import check_gptq, gptq_config, gptq_tensors
+from .manifest import read_manifest
 from .progress import track
 
 __all__ = ["TARGETS", "ConversionReport", "Target", "convert"]
@@ -35,9 +36,6 @@ Target = Literal["compressed-tensors", "gptq", "gptq-v2", "awq", "dense"]
 TARGETS: tuple[str, ...] = get_args(Target)
 
 _VERSIONS = {"gptq": 1, "gptq-v2": 2}
-_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
-# Written anew, or true of the source only.
-_NOT_COPIED = ("config.json", "lowbit.json", "quantize_config.json", "quant_config.json", "recipe.yaml")
 
 
 @dataclass(frozen=True)
@@ -117,6 +115,7 @@ def convert(
     error = _check_target(checkpoint, to, wanted)
     section = _section(checkpoint, to)
     layout = _layout(folder) if to == "dense" else DenseLayout()
+    check_experts(layout, checkpoint.linears)
     before = sum(info.nbytes for info in checkpoint.dense.values())
     before += sum(linear.nbytes for linear in checkpoint.linears.values())
     after = 0
@@ -128,7 +127,7 @@ def convert(
         writer.add_json("config.json", _config(checkpoint, section, wanted))
         if to in _VERSIONS:
             writer.add_json("quantize_config.json", section)  # where AutoGPTQ and GPTQModel look first
-        _copy_companions(folder, writer)
+        copy_companions(folder, writer.path, code=True, also=_listed(folder))
         report = ConversionReport(
             source=str(source),
             out=str(out),
@@ -150,7 +149,13 @@ def _folder(source: str | os.PathLike[str]) -> Path:
         return folder
     from .hf import resolve  # only here: a local folder is converted without importing transformers
 
-    return resolve(source)
+    return resolve(source, trust_remote_code=True)  # its code is only copied, and compared with lowbit.json
+
+
+def _listed(folder: Path) -> list[str]:
+    """What lowbit.json, where there is one, names beside the weights: vocabularies of any name."""
+    manifest = read_manifest(folder) or {"files": {}}
+    return [name for name in manifest["files"] if not name.endswith(".safetensors")]
 
 
 def _record(checkpoint: Checkpoint, report: ConversionReport) -> dict[str, Any]:
@@ -312,18 +317,6 @@ def _config(checkpoint: Checkpoint, section: Mapping[str, Any] | None, dtype: to
     if isinstance(config.get("text_config"), Mapping):
         config["text_config"] = changed(config["text_config"])
     return config if section is None else {**config, "quantization_config": dict(section)}
-
-
-def _copy_companions(folder: Path, writer: CheckpointWriter) -> None:
-    """Tokenizer, generation config, chat templates, the model's own code: what is neither weights nor configuration."""
-    for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.suffix not in _SUFFIXES or path.name in _NOT_COPIED:
-            continue
-        if not path.name.endswith(".safetensors.index.json"):
-            writer.add_file(path)
-    templates = folder / "additional_chat_templates"  # of a tokenizer that has several
-    if templates.is_dir():
-        shutil.copytree(templates, writer.path / templates.name, copy_function=shutil.copyfile)
 
 
 def _notes(checkpoint: Checkpoint, to: str) -> tuple[str, ...]:

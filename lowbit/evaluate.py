@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from .data import TextSource, check_cut, check_vocabulary, load_text, token_windows
 from .dtypes import dtype_name
@@ -33,6 +34,9 @@ DEFINITION = (
     "kl = mean over these tokens of KL(base || model) in nats; top1 = share of them where both models' most likely "
     "token is the same."
 )
+
+_CONTEXT_FIELDS = ("max_position_embeddings", "max_encoder_position_embeddings", "max_decoder_position_embeddings")
+"""LED has the last two. The smallest one counts: an encoder and a decoder are given the same tokens."""
 
 _CHUNK_ELEMENTS = 2**24
 """Logits turned into float32 log-probabilities at a time, 64 MiB per temporary: a 128k vocabulary would need 1 GiB."""
@@ -235,18 +239,24 @@ def _window_sums(logits: torch.Tensor, base_logits: torch.Tensor | None, targets
 def _inference(model: Any) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
     """Evaluation mode while it is open; yields the function from a row of token ids to its logits."""
     device = model.get_input_embeddings().weight.device
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield lambda row: model(input_ids=row[None].to(device), use_cache=False).logits[0]
     finally:
-        model.train(training)
+        for module, was_training in training.items():
+            module.training = was_training
 
 
 def context_length(model: Any) -> int:
     """Tokens the model was built for; :data:`MAX_SEQ_LEN` where its config names none (no positions to run out of)."""
     config = model.config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or MAX_SEQ_LEN)
+    sizes = [size for field in _CONTEXT_FIELDS if type(size := getattr(config, field, None)) is int and size > 0]
+    # RoBERTa and its relatives count the rows of their table, and number positions from behind that of the padding.
+    for name, table in model.named_modules():
+        if isinstance(table, nn.Embedding) and "position" in name.rpartition(".")[2] and table.padding_idx is not None:
+            sizes.append(table.num_embeddings - table.padding_idx - 1)
+    return min(sizes, default=MAX_SEQ_LEN)
 
 
 def _perplexity(mean_nll: float, whose: str) -> float:

@@ -12,9 +12,10 @@ from torch import Tensor
 from .affine import dequantize
 from .checkpoint import Checkpoint, PackedLinear, StoredWeight
 
-__all__ = ["DenseLayout", "MergedExperts", "dense_tensors", "expand", "is_merged"]
+__all__ = ["DenseLayout", "MergedExperts", "check_experts", "dense_tensors", "expand", "is_merged"]
 
 _EXPERT = re.compile(r"(.*)\.(\d+)\.(gate_proj|up_proj|down_proj)$")
+_ANY_EXPERT = re.compile(r".*\bexperts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,10 @@ class MergedExperts:
 
     ``gate_up_proj`` (``up_proj`` when not ``gated``) is ``(count, 2I, H)`` and ``down_proj`` ``(count, H, I)``; each
     expert's matrix is the other way round when ``transposed``. Gate and up stand one after the other when
-    ``concatenated``, else row by row in turn.
+    ``concatenated``, else row by row in turn. ``module`` is the module's name in the model.
     """
 
+    module: str
     count: int
     gated: bool
     biased: bool
@@ -39,11 +41,15 @@ class DenseLayout:
 
     Attributes:
         transposed: layers stored as ``(K, N)`` (GPT-2's Conv1D).
-        merged: experts stored as 3-D tensors, by the name of the module that holds them.
+        merged: experts stored as 3-D tensors, by what a packed checkpoint calls them: ``X`` of ``X.0.down_proj``.
+        joined: experts that files hold in one with those of another module (Ernie 4.5 VL), by the same names.
+        stored: tensors of merged experts as the model holds them, by their names in it -> as its files hold them.
     """
 
     transposed: frozenset[str] = frozenset()
     merged: Mapping[str, MergedExperts] = field(default_factory=dict)
+    joined: frozenset[str] = frozenset()
+    stored: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
 
 
 def expand(stored: StoredWeight) -> Tensor:
@@ -72,7 +78,35 @@ def dense_tensors(
             yield f"{linear.name}.weight", weight.t().contiguous() if linear.name in layout.transposed else weight
         elif found[1] not in done:
             done.add(found[1])
-            yield from _merge(checkpoint, found[1], layout.merged[found[1]], dtype)
+            how = layout.merged[found[1]]
+            for name, tensor in _merge(checkpoint, found[1], how, dtype):
+                yield from layout.stored({f"{how.module}.{name}": tensor}).items()
+
+
+def check_experts(layout: DenseLayout, layers: Iterable[str]) -> None:
+    """Refuse packed experts that could not be written as the architecture's dense files hold them.
+
+    Args:
+        layers: names of the packed layers.
+
+    Raises:
+        ValueError: the architecture merges its experts, and a packed one belongs to none of the merged, or is in files
+            with those of another module; names it.
+    """
+    for name in layers if layout.merged or layout.joined else ():
+        found = _EXPERT.match(name)
+        if not _ANY_EXPERT.match(name) or (found is not None and found[1] in layout.merged):
+            continue
+        if found is not None and found[1] in layout.joined:
+            raise ValueError(
+                f"{name}: the architecture's dense files hold these experts together with those of another module, "
+                "which a conversion to dense cannot write"
+            )
+        known = min([*layout.merged, *layout.joined])
+        raise ValueError(
+            f"{name}: the architecture's dense files hold all experts of a block in one tensor, and this one cannot be "
+            f"put there: it would have to be called as in {known}.0.down_proj, with gate_proj, up_proj or down_proj"
+        )
 
 
 def is_merged(name: str, layout: DenseLayout) -> bool:
@@ -83,6 +117,7 @@ def is_merged(name: str, layout: DenseLayout) -> bool:
 
 
 def _merge(checkpoint: Checkpoint, name: str, how: MergedExperts, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The module's parameters, by their names in it."""
     parts = ("gate_proj", "up_proj") if how.gated else ("up_proj",)
     first = "gate_up_proj" if how.gated else "up_proj"
 
@@ -100,9 +135,9 @@ def _merge(checkpoint: Checkpoint, name: str, how: MergedExperts, dtype: torch.d
 
     for part, names in ((first, parts), ("down_proj", ("down_proj",))):
         merged = all_of(weight, names)
-        yield f"{name}.{part}", merged.mT.contiguous() if how.transposed else merged
+        yield part, merged.mT.contiguous() if how.transposed else merged
         if how.biased:
-            yield f"{name}.{part}_bias", all_of(bias, names)
+            yield f"{part}_bias", all_of(bias, names)
 
 
 def _join(rows: list[Tensor], how: MergedExperts) -> Tensor:

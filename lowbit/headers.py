@@ -133,7 +133,7 @@ def check_experts(folder: Path, config: Mapping[str, Any], names: Iterable[str])
     counts = {described[key] for key in _EXPERT_COUNTS if type(described.get(key)) is int}
     for block, parts in found.items():
         present = set.union(*parts.values())
-        count = max([max(present) + 1, *(counts if len(counts) == 1 else ())])
+        count = counts.copy().pop() if len(counts) == 1 else max(present) + 1
         for part, experts in parts.items():
             missing = sorted(set(range(count)) - experts)
             if missing:

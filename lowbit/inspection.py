@@ -130,7 +130,7 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> Inspection:
     if not folder.is_dir():
         from .hf import resolve  # only here: a local folder is described without importing transformers
 
-        folder = resolve(path)
+        folder = resolve(path, trust_remote_code=True)  # its code is only compared with lowbit.json
     if quantization_section(folder, read_config(folder)) is None:
         tensors = read_tensor_infos(folder)
         return Inspection(str(folder), False, None, None, (), None, 0, _bytes(tensors), _dtypes(tensors), (), (), {})

@@ -16,6 +16,7 @@ from .ops import CUDA_TILES, best_layout, from_disk, packed_linear, prepare, to_
 from .pack_quantized import from_int8, to_int8
 from .packing import pack_codes, packed_width, unpack_codes
 from .spec import PACKED_BITS, QuantSpec
+from .stand_in import stand_in
 
 __all__ = ["Int8Linear", "QuantLinear", "linear_class"]
 
@@ -60,6 +61,7 @@ class QuantLinear(nn.Module):
     weight_zero_point: Tensor | None
     weight_shape: Tensor
     bias: Tensor | None
+    weight = property(stand_in)
 
     def __init__(
         self,

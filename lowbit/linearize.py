@@ -52,7 +52,7 @@ def place(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put a quantized linear where the dense one of that name was."""
     parent = model.get_submodule(name.rpartition(".")[0])
     if type(parent).__name__.endswith(_LOOK_AT_WEIGHT) and not hasattr(module, "weight"):
-        module.weight = None  # type: ignore[assignment]  # asked for by T5's feed-forward, which then casts nothing
+        module.weight = None  # type: ignore[assignment]  # a ShardedLinear: only a tensor makes T5 cast its input
     model.set_submodule(name, module)
 
 

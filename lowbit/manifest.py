@@ -112,6 +112,11 @@ def verify_files(folder: Path, manifest: Mapping[str, Any]) -> None:
     """
     names = sorted(manifest["files"])
     missing = [name for name in names if not (folder / name).is_file()]
+    if missing and all(name.endswith(".py") for name in missing):
+        raise ValueError(
+            f"{folder}: {MANIFEST} names Python files that are missing: {missing[:5]}; code that comes with a model is "
+            "fetched from the hub only with --trust-remote-code (trust_remote_code=True)"
+        )
     if missing:
         raise ValueError(f"{folder}: {MANIFEST} names files that are missing: {missing[:5]}")
     for name, digest in zip(names, _hash_files(folder / name for name in names), strict=True):

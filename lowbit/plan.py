@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,8 @@ MIN_COVERAGE = 0.9
 
 _READ_THEIR_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """Modules of torch that hand the weights of their linears to fused functions."""
+
+_ROUTER = re.compile(r"(^|_)(gate|router)$")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def make_plan(
     """
     patterns = [_compile(pattern) for pattern in ignore]
     modules = dict(model.named_modules(remove_duplicate=False))
+    experts = _experts_within(modules)
     head = _output_head(model)
     used: set[str] = set()
     targets: list[str] = []
@@ -74,7 +77,9 @@ def make_plan(
         else:
             in_decoder = any(owner == b.name or owner.startswith(f"{b.name}.") for b in blocks)
         inside += parameter.numel() if in_decoder else 0
-        reason = f"matches ignore {found[0]!r}" if found else _reason(name, modules, parameter, in_decoder, others)
+        reason = (
+            f"matches ignore {found[0]!r}" if found else _reason(name, modules, experts, parameter, in_decoder, others)
+        )
         if reason is None:
             targets.append(owner)
             quantized += parameter.numel()
@@ -127,9 +132,14 @@ def _check_used(patterns: Sequence[re.Pattern[str]], used: set[str], modules: di
 
 
 def _reason(
-    name: str, modules: dict[str, nn.Module], parameter: nn.Parameter, in_decoder: bool, others: Sequence[str]
+    name: str,
+    modules: dict[str, nn.Module],
+    experts: Mapping[str, Sequence[nn.Module]],
+    parameter: nn.Parameter,
+    in_decoder: bool,
+    others: Sequence[str],
 ) -> str | None:
-    """Why a weight stays dense; None when it is to be quantized."""
+    """Why a weight stays dense; None when it is to be quantized. ``experts`` as :func:`_experts_within` finds them."""
     path = name.rpartition(".")[0]
     owner, parent = modules[path], modules[path.rpartition(".")[0]]
     if isinstance(owner, nn.Embedding):
@@ -142,7 +152,7 @@ def _reason(
         return "the model itself is an nn.Linear, which cannot be replaced in place"
     if not name.endswith(".weight"):
         return "not the weight of its nn.Linear"
-    if any(isinstance(child, Experts) for child in parent.children()):
+    if _is_in_router(path, modules, experts):
         return "router of a mixture of experts, kept in the model's dtype"
     if others:
         return f"shared with {', '.join(others)}"
@@ -151,6 +161,47 @@ def _reason(
     if not _computes_a_linear(owner):
         return f"{type(owner).__name__} computes something else than an nn.Linear"
     return None
+
+
+def _is_in_router(path: str, modules: dict[str, nn.Module], experts: Mapping[str, Sequence[nn.Module]]) -> bool:
+    """Whether a linear decides about experts: it, or a module it is in, stands beside them and is called a gate or a
+    router, or holds nothing else and gives a number per expert. Every linear directly beside :class:`Experts` does.
+    """
+    linear, inside = modules[path], path
+    while inside:
+        outer, _, name = inside.rpartition(".")
+        module = modules[inside]
+        beside = [other for other in experts.get(outer, ()) if other is not module]
+        if module is linear and any(isinstance(other, Experts) for other in beside):
+            return True
+        if beside and (_ROUTER.search(name) or (_holds_only(module, linear) and _gives_one_each(linear, beside))):
+            return True
+        inside = outer
+    return False
+
+
+def _experts_within(modules: Mapping[str, nn.Module]) -> dict[str, list[nn.Module]]:
+    """By the name of a module, its children that are experts, all of a block in one: also those that stay merged."""
+    experts: dict[str, list[nn.Module]] = {}
+    for path, module in modules.items():
+        outer, _, name = path.rpartition(".")
+        if path and (isinstance(module, Experts) or name == "experts" or type(module).__name__.endswith("Experts")):
+            experts.setdefault(outer, []).append(module)
+    return experts
+
+
+def _holds_only(module: nn.Module, linear: nn.Module) -> bool:
+    return [inner for inner in module.modules() if isinstance(inner, nn.Linear)] == [linear]
+
+
+def _gives_one_each(linear: nn.Module, beside: Sequence[nn.Module]) -> bool:
+    """Whether a linear has as many outputs as there are experts, where those tell their number."""
+    counts: set[int] = set()
+    for experts in beside:
+        if isinstance(experts, (Experts, nn.ModuleList, nn.ModuleDict)):
+            counts.add(len(experts))
+        counts |= {len(parameter) for parameter in experts.parameters(recurse=False) if parameter.ndim == 3}
+    return linear.out_features in counts
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -210,7 +211,7 @@ def quantize(
         ignore: regular expressions of module names to leave dense.
         device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda``, ``cuda:N``: where blocks are calibrated. The model
             itself stays in main memory.
-        dtype: compute and scale dtype; ``auto`` is the checkpoint's own.
+        dtype: compute and scale dtype; ``auto`` is the one config.json names, to which finer tensors are rounded.
         seed: picks the windows of a hub data set; nothing else is random.
         overwrite: replace ``out``, at the end, if it is a model folder.
         allow_partial: accept that less than 90 % of the decoder's weights is covered.
@@ -286,6 +287,7 @@ def _device(where: torch.device, ranks: Ranks) -> torch.device:
 
 def _quantize_folder(request: _Request, where: torch.device, ranks: Ranks, verbose: bool) -> QuantReport:
     """:func:`quantize` of arguments that are in order, by one of the ranks."""
+    from . import hf
     from .checkpoint import CheckpointWriter, check_output
 
     ranks.agree(request.facts())
@@ -293,7 +295,7 @@ def _quantize_folder(request: _Request, where: torch.device, ranks: Ranks, verbo
         check_output(request.out, request.model, request.overwrite)
     started = time.perf_counter()
     report = QuantReport(os.fspath(request.model), request.method, request.spec, 0.0, out=os.fspath(request.out))
-    model, tokenizer, tokens = _load(request, report)
+    folder, model, tokenizer, tokens = _load(request, report)
     plan = plan_linearized(model, request.spec, request.ignore, in_blocks=True, allow_partial=request.allow_partial)
     report.coverage, report.skipped = plan.coverage, list(plan.skipped)
     report.notes += engine_limits(_model_type(model), any(".experts." in name for name in plan.targets))
@@ -307,21 +309,23 @@ def _quantize_folder(request: _Request, where: torch.device, ranks: Ranks, verbo
     with ExitStack() as stack:
         if ranks.rank == 0:
             writer = stack.enter_context(CheckpointWriter(request.out, overwrite=request.overwrite))
+            # not at the end: by then the source may be gone, or of another revision
+            hf.companion_files(folder, model, tokenizer, writer.path, trust_remote_code=request.trust_remote_code)
         ranks.collect(None)  # nobody starts before the output is known to be writable
         if verbose:
             print(_describe(report, plan, model, where), file=sys.stderr)
         run(model, plan, tokens, how, ModuleStore(model, packed=True), report, verbose, request.smooth)
         ranks.collect(None)  # nothing is written for ranks that are gone
         if ranks.rank == 0:
-            _write(writer, model, tokenizer, request.model, report)
+            _write(writer, model, report)
         report = ranks.first(lambda: report)
     if verbose:
         print(report.summary())
     return report
 
 
-def _load(request: _Request, report: QuantReport) -> tuple[Any, Any, Tensor | None]:
-    """The model, its tokenizer, and the windows to calibrate on, which the report describes."""
+def _load(request: _Request, report: QuantReport) -> tuple[Path, Any, Any, Tensor | None]:
+    """The model's folder, the model, its tokenizer, and the windows to calibrate on, which the report describes."""
     from . import hf
 
     # before the text: a mistyped model should not cost a data set's download
@@ -331,13 +335,15 @@ def _load(request: _Request, report: QuantReport) -> tuple[Any, Any, Tensor | No
         most = enough(request.calibration, request.samples, request.seq_len)
         text = load_text(request.calibration, "train", max_chars=most)
     model, tokenizer = hf.load_dense(folder, dtype=request.dtype, trust_remote_code=request.trust_remote_code)
+    if parse_dtype(request.dtype) is None:
+        report.notes += hf.rounding_notes(model, folder)
     if text is None:
-        return model, tokenizer, None
+        return folder, model, tokenizer, None
     seq_len = min(request.seq_len, context_length(model))
     tokens = choose_windows(tokenizer, text, request.samples, seq_len, request.seed)
     check_vocabulary(tokens, model.get_input_embeddings().num_embeddings)
     report.calibration = _calibration_record(text.name, text.sha256, tokens)
-    return model, tokenizer, tokens
+    return folder, model, tokenizer, tokens
 
 
 def _facts(model: nn.Module, tokens: Tensor | None, report: QuantReport) -> dict[str, str]:
@@ -362,7 +368,7 @@ def _check_counts(samples: int | None, seq_len: int) -> None:
         raise ValueError(f"seq_len must be at least 2 tokens, got {seq_len}")
 
 
-def _write(writer: Any, model: Any, tokenizer: Any, source: str | os.PathLike[str], report: QuantReport) -> None:
+def _write(writer: Any, model: Any, report: QuantReport) -> None:
     from . import hf
     from .checkpoint import linear_tensors, quantization_config
 
@@ -378,7 +384,6 @@ def _write(writer: Any, model: Any, tokenizer: Any, source: str | os.PathLike[st
     dense = hf.ignore_names(model, [name for name, m in model.named_modules() if isinstance(m, nn.Linear)])
     config = quantization_config({stored[name]: module.spec for name, module in packed.items()}, dense)
     writer.add_json("config.json", {**hf.config_dict(model), "quantization_config": config})
-    hf.companion_files(source, model, tokenizer, writer.path)
     report.seconds["write"] = time.perf_counter() - started
     writer.finish(report.to_dict())
     report.seconds["write"] = time.perf_counter() - started  # hashes and fsync included, which no record can hold

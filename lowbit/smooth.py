@@ -180,7 +180,7 @@ class _Work:
         self.block, self.index, self.inputs, self.device, self.found = block, index, inputs, device, found
         self.ranks = ranks
         self.modules = linears(block.module)
-        groups = (tuple(n for n in g.names if n in wanted) for g in linear_groups(block, inputs, index, device))
+        groups = (tuple(n for n in g.names if n in wanted) for g in linear_groups(block, inputs, index, device, wanted))
         self.groups = [group for group in groups if group]
         self.wanted = wanted
 

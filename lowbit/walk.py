@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Collection, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .blocks import Block, block_stacks, find_blocks, is_encoder_decoder, linears
 from .cpu_forward import CpuForward
+from .reads import Reads, storage_of, unchanged_weights
 
 __all__ = [
     "Block",
@@ -61,8 +61,9 @@ class BlockInputs:
     """Everything the blocks are called with, batch by batch.
 
     Attributes:
-        hidden: per batch, the hidden states entering the current block, ``(B, T, D)``, on the storage device. Empty
-            while a :class:`BlockRun` that was told so no longer needs them, and after one that is not finished.
+        hidden: per batch, the hidden states entering the current block, ``(B, T, D)``, on the storage device. One
+            NaN, expanded, while a :class:`BlockRun` that was told so no longer needs them, and after one that is not
+            finished.
         arguments: ``arguments[block][batch]``: the other positional and keyword arguments, hidden states taken out.
             Equal arguments of different batches are one object.
         keyword: whether a block takes its hidden states as the keyword ``hidden_states``.
@@ -127,7 +128,8 @@ def capture_block_inputs(model: nn.Module, blocks: Sequence[Block], batches: Seq
         batches: token ids, each ``(B, T)`` int64, on the device of the embeddings.
 
     Raises:
-        ValueError: a block is not called exactly once per forward, or not with hidden states first.
+        ValueError: a block is not called exactly once per forward, or not with hidden states first, or the model
+            changes its weights.
     """
     caught = BlockInputs([], [[] for _ in blocks])
     originals = [block.module.forward for block in blocks]
@@ -159,7 +161,9 @@ def capture_block_inputs(model: nn.Module, blocks: Sequence[Block], batches: Seq
 
         return forward
 
+    held = {f"{block.name}.{name}": linear for block in blocks for name, linear in linears(block.module).items()}
     with contextlib.ExitStack() as undo:
+        undo.enter_context(unchanged_weights(held))
         for index, block in enumerate(blocks):
             block.module.forward = recorder(index)
             undo.callback(_restore_forward, block.module)
@@ -171,7 +175,7 @@ def capture_block_inputs(model: nn.Module, blocks: Sequence[Block], batches: Seq
             raise ValueError(f"{block.name}: was called {len(seen)} times in {len(batches)} forward passes")
     for number, states in enumerate(caught.hidden):  # the blocks' other arguments must outlive them
         others = tree_leaves([seen[number] for seen in caught.arguments])
-        if _storage(states) in {_storage(other) for other in others if isinstance(other, Tensor)}:
+        if storage_of(states) in {storage_of(other) for other in others if isinstance(other, Tensor)}:
             caught.hidden[number] = states.clone()
     return caught
 
@@ -199,42 +203,27 @@ def call_block(module: nn.Module, hidden: Tensor, rest: Args, keyword: bool, dev
     return first_output(output)
 
 
-class _Reads(TorchDispatchMode):
-    """Counts operations and remembers which one was the last to read each storage."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
-        self.last: dict[int, int] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.count += 1
-        for value in tree_leaves((args, kwargs)):
-            if isinstance(value, Tensor):
-                self.last[_storage(value)] = self.count
-        return func(*args, **(kwargs or {}))
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
 @torch.no_grad()
-def linear_groups(block: Block, inputs: BlockInputs, index: int, device: torch.device) -> list[LinearGroup]:
+def linear_groups(
+    block: Block, inputs: BlockInputs, index: int, device: torch.device, wanted: Collection[str] | None = None
+) -> list[LinearGroup]:
     """Which linears of a block read the same tensor, in execution order, found by running it on the first batch.
 
     A linear that was not reached is not in any group. One that was reached by no token (an expert) is.
 
+    Args:
+        wanted: names of the linears that matter, relative to the block; None is all.
+
     Raises:
-        ValueError: a linear runs more than once in one forward pass of the block.
+        ValueError: a linear runs more than once in one forward pass of the block, or its weight is read by something
+            else than itself.
     """
+    modules = {name: linear for name, linear in linears(block.module).items() if wanted is None or name in wanted}
     groups: dict[tuple[int, ...], list[str]] = {}
     starts: list[int] = []
     kept: list[Tensor] = []  # no tensor may be freed while its address is a key
     seen: set[str] = set()
-    reads = _Reads()
+    reads = Reads(modules)
     queries: list[Tensor] = []
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -242,6 +231,7 @@ def linear_groups(block: Block, inputs: BlockInputs, index: int, device: torch.d
 
         def record(_: nn.Module, args: tuple[Any, ...]) -> None:
             """Note who reads ``args[0]``, and when."""
+            reads.inside = name
             if name in seen:
                 raise ValueError(f"{block.name}.{name} runs more than once in one forward pass; leave it out by ignore")
             seen.add(name)
@@ -255,19 +245,28 @@ def linear_groups(block: Block, inputs: BlockInputs, index: int, device: torch.d
 
         return record
 
+    def leave(*_: Any) -> None:
+        reads.inside = None
+
     with contextlib.ExitStack() as undo:
-        for name, linear in linears(block.module).items():
+        for name, linear in modules.items():
             undo.callback(linear.register_forward_pre_hook(hook(name)).remove)
+            undo.callback(linear.register_forward_hook(leave).remove)
         undo.enter_context(reads)
         undo.enter_context(CpuForward(queries.append))
         call_block(block.module, inputs.hidden[0], inputs.arguments[index][0], inputs.keyword, device)
+    if reads.bypassed:
+        raise ValueError(
+            f"{block.name}: {', '.join(reads.bypassed)} cannot be packed, because the block multiplies by its weight "
+            "itself instead of calling the linear; leave it out by ignore"
+        )
     given = (inputs.hidden[0], inputs.arguments[index][0])  # not the block's to empty: T5's encoder states, for one
-    entered = {_storage(value) for value in tree_leaves(given) if isinstance(value, Tensor)}
-    ends = [reads.last[_storage(x)] if _storage(x) not in entered else reads.count for x in kept]
-    entered |= {_storage(tensor) for tensor in (*block.module.parameters(), *block.module.buffers())}
+    entered = {storage_of(value) for value in tree_leaves(given) if isinstance(value, Tensor)}
+    ends = [reads.last[storage_of(x)] if storage_of(x) not in entered else reads.count for x in kept]
+    entered |= {storage_of(tensor) for tensor in (*block.module.parameters(), *block.module.buffers())}
     ends_of = {frozenset(names): end for names, end in zip(groups.values(), ends, strict=True)}
-    ends_of[frozenset([HIDDEN])] = reads.last.get(_storage(inputs.hidden[0]), reads.count)
-    asked = [reads.last[_storage(q)] if _storage(q) not in entered else reads.count for q in queries]
+    ends_of[frozenset([HIDDEN])] = reads.last.get(storage_of(inputs.hidden[0]), reads.count)
+    asked = [reads.last[storage_of(q)] if storage_of(q) not in entered else reads.count for q in queries]
     ends_of[frozenset([QUERY])] = max(asked, default=reads.count)
     return [
         LinearGroup(tuple(names), frozenset().union(*(these for these, end in ends_of.items() if end <= start)))
@@ -349,12 +348,12 @@ class BlockRun:
             return run.switch()
 
     def _release(self, stage: int, batch: int, x: Tensor) -> None:
-        """Empty what this batch will not read again; should the trace be wrong, the empty shape fails loudly."""
+        """Give back what this batch will not read again but for its shape; should the trace be wrong, NaN shows it."""
         read = self._read[batch]
         for name in read.keys() & self._unread[stage]:
             tensor = read.pop(name)()
             if tensor is not None:
-                tensor.data = tensor.new_empty(0)
+                tensor.data = tensor.new_full((), torch.nan).expand(tensor.shape)
         read[self._stops[stage]] = weakref.ref(x)
 
     def inputs(self, stage: int, batch: int) -> Tensor:
@@ -392,7 +391,7 @@ class BlockRun:
         self._running.discard(run)
         assert isinstance(output, Tensor)
         hidden = self._inputs.hidden[batch]
-        if hidden.numel():
+        if hidden.untyped_storage().nbytes() >= hidden.nbytes:
             hidden.copy_(output)  # in place: new tensors for every block fragment the heap
         else:  # given back on the way
             output = output.to(hidden)

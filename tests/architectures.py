@@ -230,7 +230,7 @@ def exercise(name: str, method: str, folder: Path) -> Outcome:
     ids = tokens()
     report = quantize_(model, QuantSpec(4, 32), method, calibration=ids, allow_partial=True)
     with CheckpointWriter(folder / "packed") as writer:
-        write_folder(writer, model, None, None, report)
+        write_folder(writer, model, report)
     loaded, _ = load(folder / "packed", device="cpu")
     packed = {n: m for n, m in loaded.named_modules() if isinstance(m, QuantLinear)}
     assert set(packed) == {layer.name for layer in report.layers}, "what was quantized is what came back packed"

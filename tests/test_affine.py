@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from helpers import random_quantized
 from lowbit.affine import QuantizedWeight, dequantize, minmax_grid, quantize_to_grid, round_scales
+from lowbit.linear import QuantLinear
 from lowbit.spec import BITS, QuantSpec
 
 SPECS = [QuantSpec(bits, group, symmetric) for bits in BITS for group in (32, -1) for symmetric in (True, False)]
@@ -91,6 +92,20 @@ def test_rounded_scales_stay_positive_and_finite(dtype):
     rounded = round_scales(exact, dtype)
     assert rounded.dtype == dtype and torch.all(rounded > 0) and torch.all(rounded.isfinite())
     assert rounded[0, 4] == 1 and torch.equal(rounded[0, 3], torch.tensor(0.1, dtype=torch.float64).to(dtype))
+
+
+@pytest.mark.parametrize("size", [2e-3, 1e-3, 5e-4])
+def test_small_weights_lose_no_more_by_float16_scales_than_by_float32_ones(size):
+    """8 bits of a row of 1e-3 need a step below float16's smallest normal number."""
+    weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(0)) * size
+    spec = QuantSpec(8, 128)
+    errors = {}
+    for dtype in (torch.float16, torch.float32):
+        quantized = quantize_to_grid(weight, round_scales(minmax_grid(weight, spec)[0], dtype), None, spec)
+        errors[dtype] = (dequantize(quantized) - weight).square().sum()
+        linear, x = QuantLinear.from_quantized(quantized), torch.randn(4, 256)
+        torch.testing.assert_close(linear.repack()(x), x @ dequantize(quantized).T)
+    assert errors[torch.float16] <= 1.05 * errors[torch.float32]
 
 
 @pytest.mark.parametrize(

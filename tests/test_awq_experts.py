@@ -42,7 +42,7 @@ def test_it_loses_less_than_rounding_and_comes_back_from_its_folder(name: str, m
         else:
             assert not without
     with CheckpointWriter(tmp_path / "packed") as writer:
-        write_folder(writer, model, None, None, report)
+        write_folder(writer, model, report)
     loaded, _ = hf.load(tmp_path / "packed", device="cpu")
     assert torch.equal(logits(loaded, ids), found)
 

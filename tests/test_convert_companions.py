@@ -11,12 +11,15 @@ from lowbit.convert import convert
 from packed_folder import TINY_LAYERS, write_tiny
 
 TAKEN = (
-    "tokenizer.json", "tokenizer.model", "merges.txt", "generation_config.json", "preprocessor_config.json",
-    "chat_template.jinja", "additional_chat_templates/tool_use.jinja", "modeling_own.py",
+    "tokenizer.json", "tokenizer.model", "source.spm", "bpe.codes", "merges.txt", "generation_config.json",
+    "preprocessor_config.json", "chat_template.jinja", "additional_chat_templates/tool_use.jinja", "modeling_own.py",
 )  # fmt: skip
 """A tokenizer with several chat templates is saved with a folder of them (transformers 5)."""
 
-LEFT = ("quant_config.json", "recipe.yaml", "README.md", "pytorch_model.bin", "original/params.json")
+LEFT = (
+    "quant_config.json", "recipe.yaml", "README.md", "pytorch_model.bin", "pytorch_model.bin.index.json",
+    "adapter_config.json", "original/params.json",
+)  # fmt: skip
 """True of the source only, or no part of the model that lowbit reads."""
 
 

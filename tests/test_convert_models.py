@@ -23,7 +23,7 @@ def packed_folder(name: str, folder: Path) -> Path:
     model = tiny(name)
     report = quantize_(model, QuantSpec(4, 32), "rtn", allow_partial=True)
     with CheckpointWriter(folder) as writer:
-        write_folder(writer, model, None, None, report)
+        write_folder(writer, model, report)
     return folder
 
 

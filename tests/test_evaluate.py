@@ -121,8 +121,10 @@ def test_the_bfloat16_model_is_scored_in_float32(model, tokenizer):
 def test_a_training_model_is_evaluated_without_dropout_and_handed_back_training(model, tokenizer):
     expected = evaluate(model, tokenizer, TEXT, seq_len=32, max_windows=1)
     training = copy.deepcopy(model).train()
+    frozen = training.model.layers[0].eval()
     assert evaluate(training, tokenizer, TEXT, seq_len=32, max_windows=1) == expected
     assert training.training and training.lm_head.training
+    assert not any(module.training for module in frozen.modules()), "what was frozen stays so"
 
 
 def test_a_windows_logits_are_gone_before_the_next_ones_are_computed(model, damaged, tokenizer):

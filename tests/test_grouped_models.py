@@ -32,7 +32,7 @@ def test_models_run_in_common_calls_once_quantized_or_loaded(name: str, tmp_path
     report = quantize_(model, QuantSpec(4, 32, symmetric=name != "gpt_oss"), allow_partial=True)
     together = logits(model, tokens())
     with CheckpointWriter(tmp_path / "packed") as writer:
-        write_folder(writer, model, None, None, report)
+        write_folder(writer, model, report)
     loaded, _ = load(tmp_path / "packed", device="cpu")
     for ready in (model, loaded):
         of_blocks = [module for module in ready.modules() if isinstance(module, Experts)]
@@ -53,7 +53,7 @@ def test_w8a8_models_have_the_same_bits_in_common_calls(activations: ActivationS
     report = quantize_(model, spec, calibration=calibration, method="rtn", allow_partial=True)
     together = logits(model, ids)
     with CheckpointWriter(tmp_path / "packed") as writer:
-        write_folder(writer, model, None, None, report)
+        write_folder(writer, model, report)
     loaded, _ = load(tmp_path / "packed", device="cpu")
     for ready in (model, loaded):
         of_blocks = [module for module in ready.modules() if isinstance(module, Experts)]
@@ -85,7 +85,7 @@ def test_a_checkpoint_with_experts_of_several_kinds_has_a_call_for_each(tmp_path
     report = quantize_(model, QuantSpec(4, 32), ignore=[r"experts\.0\."], allow_partial=True)
     wider(model, r"^2\.|^3\.down_proj")
     with CheckpointWriter(tmp_path / "packed") as writer:
-        write_folder(writer, model, None, None, report)
+        write_folder(writer, model, report)
     loaded, _ = load(tmp_path / "packed", device="cpu")
     together = logits(loaded, tokens())
     assert_close(together, logits(model, tokens()), **tolerance(torch.float32, 64, 128))
@@ -106,7 +106,7 @@ def test_a_device_map_keeps_common_calls_where_experts_stay_on_a_device(spec: Qu
     model = tiny("mixtral")
     report = quantize_(model, spec, allow_partial=True)
     with CheckpointWriter(tmp_path / "packed") as writer:
-        write_folder(writer, model, None, None, report)
+        write_folder(writer, model, report)
     split = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
              "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
     spread, _ = load(tmp_path / "packed", device_map=split, offload_folder=tmp_path / "offload")
@@ -138,7 +138,7 @@ def test_dense_experts_of_another_layer_keep_the_names_of_the_original(
     report = quantize_(model, spec, ignore=[r"layers\.0\.mlp\.experts", "lm_head"], allow_partial=True)
     expected = logits(model, tokens())
     with CheckpointWriter(tmp_path / "packed") as writer:
-        write_folder(writer, model, None, None, report)
+        write_folder(writer, model, report)
     loaded, _ = load(tmp_path / "packed", device="cpu")
     assert torch.equal(logits(loaded, tokens()), expected)
     assert [isinstance(layer.mlp.experts, Experts) for layer in loaded.model.layers] == [False, True]

@@ -3,7 +3,14 @@
 No other part of lowbit imports transformers.
 """
 
-from .export import checkpoint_names, companion_files, config_dict, dense_tensors, ignore_names
+from .export import (
+    checkpoint_names,
+    companion_files,
+    config_dict,
+    dense_tensors,
+    ignore_names,
+    rounding_notes,
+)
 from .installed import install, uninstall
 from .loading import load, load_dense
 from .marking import mark_packed
@@ -23,5 +30,6 @@ __all__ = [
     "mark_packed",
     "parse_device",
     "resolve",
+    "rounding_notes",
     "uninstall",
 ]

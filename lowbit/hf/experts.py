@@ -39,7 +39,8 @@ def separated(model: nn.Module, conversions: Sequence[Any]) -> list[Any]:
     done: set[str] = set()
     for entry in conversions:
         found = isinstance(entry, WeightConverter) and _MERGED.search(entry._original_target_patterns[0])
-        if not found:
+        # without a * the files too hold all experts in one tensor (Qwen3-VL-MoE), which nothing here takes apart
+        if not found or not all(".*." in source for source in entry._original_source_patterns):
             kept.append(entry)
             continue
         parts = ("gate_proj", "up_proj") if found[1] == "gate_up_proj" else (found[1],)
@@ -52,8 +53,8 @@ def separated(model: nn.Module, conversions: Sequence[Any]) -> list[Any]:
             if target not in done:
                 done.add(target)
                 # not weight_packed, nor any other part of a packed one
-                sources = [rf"{name}.*.{part}.weight(?!\w)" for part in parts]
-                kept.append(WeightConverter(sources, [target], operations=entry.operations))
+                weights = [rf"{name}.*.{part}.weight(?!\w)" for part in parts]
+                kept.append(WeightConverter(weights, [target], operations=entry.operations))
     return kept
 
 

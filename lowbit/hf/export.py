@@ -6,27 +6,30 @@ import copy
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checkpoint import read_tensor_infos
+from ..companions import copy_companions
+from ..dtypes import dtype_name
 from .experts import revert_names
 from .loading import TOKENIZER_FILES
-from .source import resolve
 
-__all__ = ["checkpoint_names", "companion_files", "config_dict", "dense_tensors", "ignore_names"]
+__all__ = [
+    "checkpoint_names",
+    "companion_files",
+    "config_dict",
+    "dense_tensors",
+    "ignore_names",
+    "rounding_notes",
+]
 
 _PACKED_PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "input_scale")
-_COMPANIONS = (
-    *TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt", "generation_config.json",
-    "chat_template.jinja", "chat_template.json", "processor_config.json", "preprocessor_config.json",
-    "video_preprocessor_config.json",
-)  # fmt: skip
 
 
 def checkpoint_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
@@ -123,32 +126,79 @@ def companion_files(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     out_dir: str | os.PathLike[str],
+    *,
+    trust_remote_code: bool = False,
 ) -> list[str]:
     """Put tokenizer, generation config and chat templates into ``out_dir``.
 
-    Files of the source folder are copied byte for byte; with Python code of the model's own (``auto_map``) that too.
-    What the source does not have is written from ``tokenizer`` and ``model``.
+    Files of the source folder are copied byte for byte; with Python code of the model's, the tokenizer's or the
+    processor's own (``auto_map``) that too. What the source does not have is written from ``tokenizer`` and ``model``.
 
     Args:
-        source: the folder or hub id the model was loaded from, or None.
+        source: the folder the model was loaded from, or None.
+        tokenizer: opened from ``source``; None where the model has none.
+        trust_remote_code: whether ``tokenizer`` was opened with it.
 
     Returns:
         names of the files now in place.
+
+    Raises:
+        ValueError: the tokenizer cannot be opened with them.
     """
     out = Path(out_dir)
     if source is not None:
-        folder = resolve(source)
-        names = [name for name in _COMPANIONS if (folder / name).is_file()]
-        names += [path.name for path in folder.glob("*.tiktoken")]
-        if getattr(model.config, "auto_map", None):
-            names += [path.name for path in folder.glob("*.py")]
-        for name in names:
-            shutil.copyfile(folder / name, out / name)
-        templates = folder / "additional_chat_templates"
-        if templates.is_dir():
-            shutil.copytree(templates, out / templates.name, copy_function=shutil.copyfile)
+        vocabulary = tuple(tokenizer.vocab_files_names.values()) if tokenizer is not None else ()
+        copy_companions(Path(source), out, code=_has_code(Path(source), model), also=vocabulary)
     if tokenizer is not None and not any((out / name).is_file() for name in TOKENIZER_FILES):
         tokenizer.save_pretrained(out)
     if not (out / "generation_config.json").is_file() and model.can_generate():
         model.generation_config.save_pretrained(out)
+    if tokenizer is not None:
+        _check_tokenizer(out, model, trust_remote_code)
     return sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+
+
+def _has_code(source: Path, model: PreTrainedModel) -> bool:
+    """Whether the model, its tokenizer or a processor, whose entry may be nested, names classes of its own."""
+    described = source.glob("*_config.json")
+    return bool(getattr(model.config, "auto_map", None)) or any(b'"auto_map"' in p.read_bytes() for p in described)
+
+
+def _check_tokenizer(folder: Path, model: PreTrainedModel, trust_remote_code: bool) -> None:
+    """Open the tokenizer of a folder that will get the configuration of ``model``, as whoever reads it will."""
+    try:
+        AutoTokenizer.from_pretrained(
+            folder, config=model.config, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # whatever the tokenizer's class makes of a file that is not there
+        names = sorted(path.name for path in folder.iterdir())
+        raise ValueError(
+            f"the model's tokenizer cannot be opened with the files that go into the output, {names}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def rounding_notes(model: PreTrainedModel, folder: Path) -> list[str]:
+    """What reading a model rounded: tensors whose dtype in the folder's files holds more than the model's.
+
+    transformers gives every tensor the one dtype config.json names, some that its classes list excepted.
+    """
+    infos = read_tensor_infos(folder)
+    state = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
+    rounded: dict[tuple[str, str], list[str]] = {}
+    for name, tensor in revert_names(model, state).items():
+        info = infos.get(name) or infos.get(name.removeprefix(f"{model.base_model_prefix}."))
+        if info is not None and _loses(info.dtype, tensor.dtype):
+            rounded.setdefault((dtype_name(info.dtype), dtype_name(tensor.dtype)), []).append(name)
+    return [
+        f"{len(names)} of {len(infos)} tensors are {stored} in the source's files and were rounded to {loaded}, the "
+        f"model's dtype; --dtype float32 rounds none: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        for (stored, loaded), names in rounded.items()
+    ]
+
+
+def _loses(stored: torch.dtype, loaded: torch.dtype) -> bool:
+    if not (stored.is_floating_point and loaded.is_floating_point):
+        return False
+    fine, coarse = torch.finfo(stored), torch.finfo(loaded)
+    return fine.eps < coarse.eps or fine.max > coarse.max

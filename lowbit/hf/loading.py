@@ -51,7 +51,8 @@ def load(
             whoever wrote them, get a :class:`~lowbit.linear.QuantLinear` for every packed layer, ``int-quantized`` ones
             (W8A8) an :class:`~lowbit.linear.Int8Linear`; unquantized folders load dense.
         device: ``auto`` is CUDA when there is one, else the CPU.
-        dtype: of embeddings, norms, scales and activations; ``auto`` is the checkpoint's.
+        dtype: of embeddings, norms, scales and activations; ``auto`` is the one config.json names,
+            but for scales their own.
         trust_remote_code: run Python code that comes with the model. Never taken from a configuration file.
         device_map: spread the model over devices with accelerate instead: ``"auto"``, or a dict from module names to
             devices, ``"cpu"`` and ``"disk"`` among them. As in transformers; with ``device`` auto.

@@ -199,8 +199,6 @@ class LowbitQuantizer(LoadingQuantizer):
                 f"the checkpoint has no weight for {missing[:3]}, {len(missing)} layers in all; none is made "
                 "up. lowbit.quantize reads checkpoints that keep these layers in another form"
             )
-        for name, module in self._targets.items():
-            place(model, name, module)
         check_shapes(model, self._shapes)
         assert isinstance(self.quantization_config, LowbitConfig)
         dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -267,9 +265,8 @@ def _add_placeholder(model: PreTrainedModel, name: str, slot: Slot) -> bool:
     module = model.get_submodule(owner)
     if isinstance(module, Int8Linear):
         return False
-    module.__dict__.pop(part, None)
     parameter = nn.Parameter(torch.empty(slot.shape, dtype=model.dtype, device="meta"), requires_grad=False)
-    module.register_parameter(part, parameter)
+    module._parameters[part] = parameter  # register_parameter() refuses a name that QuantLinear's stand-in has
     return True
 
 

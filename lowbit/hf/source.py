@@ -18,10 +18,12 @@ from transformers import (
     AutoModelForSeq2SeqLM,
 )
 
+from ..companions import COMPANION_SUFFIXES
+
 __all__ = ["auto_class", "parse_device", "resolve"]
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+_WANTED = ["*.safetensors", *(f"*{suffix}" for suffix in COMPANION_SUFFIXES)]
 # Copies of the weights in other layouts, which some repositories keep beside the ones transformers reads.
 _UNWANTED = ["*/*.safetensors", "consolidated*.safetensors"]
 
@@ -29,8 +31,8 @@ _UNWANTED = ["*/*.safetensors", "consolidated*.safetensors"]
 def resolve(path_or_id: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Path:
     """The folder of a model: the local one, or the hub's snapshot, fetched into the hub's cache.
 
-    Only configuration, tokenizer and safetensors are fetched; Python files only with ``trust_remote_code``, pickled
-    weights never. ``HF_HUB_OFFLINE=1`` keeps to the cache.
+    Only configuration, tokenizer and safetensors are fetched; Python files only with ``trust_remote_code``, which runs
+    none of them here, pickled weights never. ``HF_HUB_OFFLINE=1`` keeps to the cache.
 
     Raises:
         FileNotFoundError: neither a folder here nor a model that can be fetched.

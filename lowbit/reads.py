@@ -1,0 +1,79 @@
+"""Who reads a tensor, and who else than its own linear reads a weight: what is seen of one forward pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["Reads", "storage_of", "unchanged_weights"]
+
+
+class Reads(TorchDispatchMode):
+    """Counts operations, and remembers which one was the last to read each storage.
+
+    Attributes:
+        last: address of a storage -> count of the operations when it was last read.
+        bypassed: names of linears whose weight was read outside of them.
+        inside: name of the linear that is running, to be kept up to date by its hooks.
+
+    Args:
+        linears: those whose weights are watched.
+    """
+
+    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+        self.last: dict[int, int] = {}
+        self.bypassed: list[str] = []
+        self.inside: str | None = None
+        self._weights: dict[int, list[tuple[str, Tensor]]] = {}
+        for name, linear in linears.items():
+            self._weights.setdefault(storage_of(linear.weight), []).append((name, linear.weight))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += 1
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor):
+                storage = storage_of(value)
+                self.last[storage] = self.count
+                if storage in self._weights:
+                    self._watch(value, self._weights[storage])
+        return func(*args, **(kwargs or {}))
+
+    def _watch(self, value: Tensor, weights: list[tuple[str, Tensor]]) -> None:
+        """Note the weights that ``value`` is of. Those of experts share a storage, even row by row."""
+        if any(name == self.inside for name, _ in weights):
+            return
+        for name, weight in weights:
+            if name not in self.bypassed and 0 <= value.data_ptr() - weight.data_ptr() < weight.nbytes:
+                self.bypassed.append(name)
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Address of a tensor's storage."""
+    return tensor.untyped_storage().data_ptr()
+
+
+@contextlib.contextmanager
+def unchanged_weights(linears: Mapping[str, nn.Linear]) -> Iterator[None]:
+    """Refuse a model that changes the weights of its linears in place while it runs, which packed ones cannot follow.
+
+    Raises:
+        ValueError: names such weights.
+    """
+    weights = {name: linear.weight for name, linear in linears.items() if not linear.weight.is_inference()}
+    before = {name: weight._version for name, weight in weights.items()}
+    yield
+    changed = [name for name, weight in weights.items() if weight._version != before[name]]
+    if changed:
+        raise ValueError(
+            f"the model changes weights in place when it runs ({changed[:3]}, {len(changed)} in all), which it cannot "
+            "do to packed ones; switch that off in its config.json (RWKV: rescale_every 0)"
+        )
