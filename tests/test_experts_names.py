@@ -16,6 +16,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from lowbit import convert, load, quantize
 from lowbit.doctor import diagnose, knowledge
 from lowbit.expand import DenseLayout, MergedExperts, check_experts
+from lowbit.hf.experts import CONVERTS_FIRST
 from lowbit.limits import engine_limits
 from tiny_models import BOOKS_4M
 
@@ -147,6 +148,7 @@ def test_experts_left_dense_stay_beside_packed_ones(name: str, left: str, tmp_pa
 # --- what cannot be merged
 
 
+@pytest.mark.skipif(not CONVERTS_FIRST, reason="transformers before 5.21 finds no names for the model's routers")
 def test_experts_that_files_hold_with_another_modules_are_refused_before_writing(tmp_path: Path) -> None:
     """Ernie 4.5 VL numbers the experts for text and those for images through, of different widths."""
     packed = packed_folder("ernie4_5_vl_moe", tmp_path)
@@ -172,7 +174,7 @@ def test_an_expert_that_belongs_to_none_of_the_merged_is_named(layer: str) -> No
 ROW = next(row for row in knowledge()["rows"] if row["id"] == "transformers-merged-experts")
 
 
-@pytest.mark.parametrize("name", ["granitemoe", "aria_text", "qwen3_vl_moe", "gpt_oss", "mixtral"])
+@pytest.mark.parametrize("name", ["granitemoe", "qwen3_vl_moe", "gpt_oss", "mixtral"])
 def test_the_doctor_knows_which_packed_folders_plain_transformers_cannot_read(name: str, tmp_path: Path) -> None:
     packed = packed_folder(name, tmp_path)
     answers = [answer for answer in diagnose(packed).answers if answer.engine == "transformers"]
