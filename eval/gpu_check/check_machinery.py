@@ -108,8 +108,8 @@ def sanitize(tool: str, without: Sequence[str] = (), seconds: float = SANITIZE_S
         return True, "compute-sanitizer is not installed: not run"
     main = Path(__file__).with_name("check_main.py")
     # torch's probing for entry points of the driver that are not there is no error of anybody's
-    command = [program, "--tool", tool, "--error-exitcode", "66", "--report-api-errors", "no"]
-    command = command if tool == "memcheck" else command[:-2]
+    quiet = ["--report-api-errors", "no"] if tool == "memcheck" else []
+    command = [program, "--tool", tool, "--error-exitcode", "66", *quiet]
     command += [sys.executable, str(main), "--sanitized-launches"]
     command += [f"--without={','.join(without)}"] if without else []
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=os.environ.copy())
