@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from .activations import build_spec, check_request, needs_text
-from .blockwise import METHODS, Calibration
+from .arguments import check_calibration, check_counts, check_method, check_tokens, parse_ignore
+from .blockwise import Calibration
 from .data import check_vocabulary, load_text
 from .distributed import Ranks, checksum, join
 from .dtypes import parse_dtype
@@ -30,9 +31,10 @@ from .limits import engine_limits
 from .linear import Int8Linear, QuantLinear
 from .linearize import plan_linearized
 from .plan import Plan
+from .reads import check_readers
 from .report import QuantReport
 from .run import ModuleStore, check_windows, run, tensor_bytes
-from .spec import PACKED_BITS, QuantSpec
+from .spec import QuantSpec
 from .walk import find_blocks
 from .windows import choose_windows, enough
 
@@ -80,13 +82,13 @@ def quantize_(
     Raises:
         ValueError: bad arguments, weights that cannot be quantized, or too little coverage, before anything is changed.
     """
-    _check_method(method, spec, packed)
-    _check_calibration(method, calibration)
+    check_method(method, spec, packed)
+    check_calibration(method, calibration)
     check_request(spec, method, smooth, calibrated=calibration is not None, packed=packed)
     if calibration is not None:
         find_blocks(model)
-        _check_tokens(model, calibration)
-    patterns = _patterns(ignore)
+        check_tokens(model, calibration)
+    patterns = parse_ignore(ignore)
     plan = plan_linearized(model, spec, patterns, in_blocks=calibration is not None, allow_partial=allow_partial)
     where = torch.device(device) if device is not None else next(model.parameters()).device
     report = QuantReport(type(model).__name__, method, spec, plan.coverage, skipped=list(plan.skipped))
@@ -109,47 +111,6 @@ def quantize_(
     for module in (*store.modules.values(), *(m for m in model.modules() if isinstance(m, Experts))):
         module.repack()
     return report
-
-
-def _check_method(method: str, spec: QuantSpec, packed: bool) -> None:
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    if packed and spec.bits not in PACKED_BITS:
-        raise ValueError(
-            f"{spec.bits}-bit weights have no packed form (packed widths: {PACKED_BITS}); "
-            f"lowbit.quantize_(model, spec, packed=False) measures what they would cost"
-        )
-
-
-def _patterns(ignore: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(ignore, str):  # a sequence too, of letters
-        raise ValueError(f"ignore must be a sequence of regular expressions, got {ignore!r}; give [{ignore!r}]")
-    return tuple(ignore)
-
-
-def _check_calibration(method: str, calibration: Tensor | None) -> None:
-    if method != "rtn" and calibration is None:
-        raise ValueError(f"method {method!r} needs calibration tokens; only 'rtn' works without data")
-    if calibration is not None and (
-        calibration.ndim != 2 or calibration.dtype != torch.int64 or not calibration.numel()
-    ):
-        raise ValueError(
-            f"calibration must be token ids (windows, seq_len) int64 with at least one window, got "
-            f"{tuple(calibration.shape)} {calibration.dtype}"
-        )
-
-
-def _check_tokens(model: nn.Module, tokens: Tensor) -> None:
-    """Refuse tokens the model has no embedding or no position for, where it says how many there are."""
-    get = getattr(model, "get_input_embeddings", None)
-    embedding = get() if callable(get) else None
-    if isinstance(embedding, nn.Embedding):
-        check_vocabulary(tokens, embedding.num_embeddings)
-    config = getattr(model, "config", None)
-    if hasattr(config, "get_text_config") and tokens.shape[1] > context_length(model):
-        raise ValueError(
-            f"calibration windows of {tokens.shape[1]} tokens exceed the model's context of {context_length(model)}"
-        )
 
 
 def _calibration_record(source: str, digest: str, tokens: Tensor) -> dict[str, Any]:
@@ -231,12 +192,12 @@ def quantize(
     check_request(spec, method, smooth, calibrated=True, packed=True)
     if calibration is None and needs_text(spec, method, smooth):
         calibration = "wikitext2"
-    _check_method(method, spec, packed=True)
-    _check_counts(samples, seq_len)
+    check_method(method, spec, packed=True)
+    check_counts(samples, seq_len)
     where = hf.parse_device(device)
     parse_dtype(dtype)
     request = _Request(
-        model, out, spec, method, smooth, calibration, samples, seq_len, _patterns(ignore), dtype, seed, overwrite,
+        model, out, spec, method, smooth, calibration, samples, seq_len, parse_ignore(ignore), dtype, seed, overwrite,
         allow_partial, trust_remote_code,
     )  # fmt: skip
     with join(where.type) as ranks:
@@ -297,6 +258,9 @@ def _quantize_folder(request: _Request, where: torch.device, ranks: Ranks, verbo
     report = QuantReport(os.fspath(request.model), request.method, request.spec, 0.0, out=os.fspath(request.out))
     folder, model, tokenizer, tokens = _load(request, report)
     plan = plan_linearized(model, request.spec, request.ignore, in_blocks=True, allow_partial=request.allow_partial)
+    hf.check_names(model, plan.targets)
+    if tokens is None:
+        report.notes += check_readers(model, plan.targets)
     report.coverage, report.skipped = plan.coverage, list(plan.skipped)
     report.notes += engine_limits(_model_type(model), any(".experts." in name for name in plan.targets))
     if ranks.count > 1:
@@ -359,13 +323,6 @@ def _facts(model: nn.Module, tokens: Tensor | None, report: QuantReport) -> dict
     facts |= {f"the model's config.json at {key}": repr(value) for key, value in sorted(config.items())}
     facts |= {f"the model's weight {name}": checksum(tensor) for name, tensor in model.state_dict().items()}
     return facts
-
-
-def _check_counts(samples: int | None, seq_len: int) -> None:
-    if samples is not None and samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
-    if seq_len < 2:
-        raise ValueError(f"seq_len must be at least 2 tokens, got {seq_len}")
 
 
 def _write(writer: Any, model: Any, report: QuantReport) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Reads", "storage_of", "unchanged_weights"]
+from .blocks import is_encoder_decoder
+
+__all__ = ["Reads", "check_readers", "refuse_bypassed", "storage_of", "unchanged_weights"]
 
 
 class Reads(TorchDispatchMode):
@@ -19,7 +23,7 @@ class Reads(TorchDispatchMode):
     Attributes:
         last: address of a storage -> count of the operations when it was last read.
         bypassed: names of linears whose weight was read outside of them.
-        inside: name of the linear that is running, to be kept up to date by its hooks.
+        inside: name of the linear that is running: its hooks call :meth:`enter` and :meth:`leave`.
 
     Args:
         linears: those whose weights are watched.
@@ -47,6 +51,14 @@ class Reads(TorchDispatchMode):
                     self._watch(value, self._weights[storage])
         return func(*args, **(kwargs or {}))
 
+    def enter(self, name: str, *_: Any) -> None:
+        """The linear ``name`` begins to run."""
+        self.inside = name
+
+    def leave(self, *_: Any) -> None:
+        """It has run."""
+        self.inside = None
+
     def _watch(self, value: Tensor, weights: list[tuple[str, Tensor]]) -> None:
         """Note the weights that ``value`` is of. Those of experts share a storage, even row by row."""
         if any(name == self.inside for name, _ in weights):
@@ -54,6 +66,58 @@ class Reads(TorchDispatchMode):
         for name, weight in weights:
             if name not in self.bypassed and 0 <= value.data_ptr() - weight.data_ptr() < weight.nbytes:
                 self.bypassed.append(name)
+
+
+def refuse_bypassed(names: Sequence[str], where: str) -> None:
+    """Refuse linears whose weight is read outside of them.
+
+    Raises:
+        ValueError: there are such; ``where`` and they are named.
+    """
+    if names:
+        raise ValueError(
+            f"{where}: {', '.join(names)} cannot be packed, because the block multiplies by its weight itself instead "
+            "of calling the linear; leave it out by ignore"
+        )
+
+
+@torch.no_grad()
+def check_readers(model: Any, targets: Iterable[str]) -> list[str]:
+    """Run a language model on a few tokens and refuse linears that cannot be packed; for methods that never run it.
+
+    Args:
+        model: a transformers model with input embeddings.
+        targets: names of the linears to be packed.
+
+    Returns:
+        nothing, or where the model cannot be run like that a note which says so.
+
+    Raises:
+        ValueError: something else than its linear reads a weight, or the model changes one.
+    """
+    every = dict(model.named_modules())
+    linears = {name: every[name] for name in targets}
+    reads = Reads(linears)
+    tokens = torch.arange(min(8, model.get_input_embeddings().num_embeddings))[None]
+    decoder = {"decoder_input_ids": tokens} if is_encoder_decoder(model) else {}
+    with contextlib.ExitStack() as undo:
+        for name, linear in linears.items():
+            undo.callback(linear.register_forward_pre_hook(partial(reads.enter, name)).remove)
+            undo.callback(linear.register_forward_hook(reads.leave).remove)
+        training = model.training
+        undo.callback(lambda: model.train(training))
+        model.eval()
+        undo.enter_context(unchanged_weights(linears))
+        undo.enter_context(reads)
+        try:
+            model(input_ids=tokens, use_cache=False, **decoder)
+        except Exception as error:  # whatever a model makes of tokens without a picture, say
+            return [
+                f"the model could not be run on {tokens.numel()} tokens, so nobody has seen whether its blocks read "
+                f"weights past their linears ({type(error).__name__}: {error})"
+            ]
+    refuse_bypassed(reads.bypassed, type(model).__name__)
+    return []
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from .blocks import Block, block_stacks, find_blocks, is_encoder_decoder, linears
 from .cpu_forward import CpuForward
-from .reads import Reads, storage_of, unchanged_weights
+from .reads import Reads, refuse_bypassed, storage_of, unchanged_weights
 
 __all__ = [
     "Block",
@@ -231,7 +231,7 @@ def linear_groups(
 
         def record(_: nn.Module, args: tuple[Any, ...]) -> None:
             """Note who reads ``args[0]``, and when."""
-            reads.inside = name
+            reads.enter(name)
             if name in seen:
                 raise ValueError(f"{block.name}.{name} runs more than once in one forward pass; leave it out by ignore")
             seen.add(name)
@@ -245,21 +245,14 @@ def linear_groups(
 
         return record
 
-    def leave(*_: Any) -> None:
-        reads.inside = None
-
     with contextlib.ExitStack() as undo:
         for name, linear in modules.items():
             undo.callback(linear.register_forward_pre_hook(hook(name)).remove)
-            undo.callback(linear.register_forward_hook(leave).remove)
+            undo.callback(linear.register_forward_hook(reads.leave).remove)
         undo.enter_context(reads)
         undo.enter_context(CpuForward(queries.append))
         call_block(block.module, inputs.hidden[0], inputs.arguments[index][0], inputs.keyword, device)
-    if reads.bypassed:
-        raise ValueError(
-            f"{block.name}: {', '.join(reads.bypassed)} cannot be packed, because the block multiplies by its weight "
-            "itself instead of calling the linear; leave it out by ignore"
-        )
+    refuse_bypassed(reads.bypassed, block.name)
     given = (inputs.hidden[0], inputs.arguments[index][0])  # not the block's to empty: T5's encoder states, for one
     entered = {storage_of(value) for value in tree_leaves(given) if isinstance(value, Tensor)}
     ends = [reads.last[storage_of(x)] if storage_of(x) not in entered else reads.count for x in kept]

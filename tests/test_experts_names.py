@@ -159,6 +159,23 @@ def test_experts_that_files_hold_with_another_modules_are_refused_before_writing
     assert not (tmp_path / "dense").exists()
 
 
+@pytest.mark.skipif(CONVERTS_FIRST, reason="transformers from 5.21 on finds those names")
+def test_a_model_whose_names_transformers_cannot_tell_is_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"transformers 5\.\d+\.\d+ cannot say how files of Ernie4_5_VLMoe"):
+        packed_folder("ernie4_5_vl_moe", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["original"]
+
+
+def test_names_are_asked_for_before_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def missing(model: Any, state: Any) -> Any:
+        raise KeyError("router")
+
+    monkeypatch.setattr("lowbit.hf.export.checkpoint_names", missing)
+    with pytest.raises(ValueError, match=r"cannot say how files of GraniteMoeForCausalLM name .*KeyError: 'router'"):
+        packed_folder("granitemoe", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["original"]
+
+
 @pytest.mark.parametrize("layer", ["model.layers.0.mlp.experts.0.linear_gate", "layers.0.mlp.experts.0.up_proj"])
 def test_an_expert_that_belongs_to_none_of_the_merged_is_named(layer: str) -> None:
     how = MergedExperts("model.layers.0.mlp.experts", 4, True, False, False, True)

@@ -33,8 +33,8 @@ ALLOWED = {
     "lowbit.int8": "torch .ops .registration",
     "lowbit.linear": "torch .cpu .dtypes .int8 .ops .pack_quantized .packing .affine .spec .stand_in",
     "lowbit.stand_in": "torch",
-    "lowbit.reads": "torch",
     "lowbit.blocks": "torch",
+    "lowbit.reads": "torch .blocks",
     "lowbit.distributed": "torch",
     "lowbit.walk": "torch greenlet .blocks .cpu_forward .reads",
     "lowbit.report": ".spec",
@@ -84,8 +84,9 @@ ALLOWED = {
     "lowbit.evaluate": "torch .data .dtypes .progress .hf",
     "lowbit.run": "torch .activations .affine .blockwise .distributed .linear .linearize .plan .progress .report "
     ".smooth .walk",
-    "lowbit.quantize": "torch . .activations .blockwise .checkpoint .data .distributed .dtypes .evaluate .experts .hf "
-    ".limits .linear .linearize .plan .report .run .spec .walk .windows",
+    "lowbit.arguments": "torch .blockwise .data .evaluate .spec",
+    "lowbit.quantize": "torch . .activations .arguments .blockwise .checkpoint .data .distributed .dtypes .evaluate "
+    ".experts .hf .limits .linear .linearize .plan .reads .report .run .spec .walk .windows",
     "lowbit.vllm_plugin": "vllm .vllm_experts .vllm_gptq .vllm_kernel",
     "lowbit.vllm_gptq": "torch vllm",
     "lowbit.vllm_experts": "torch vllm .grouped .ops .spec .vllm_kernel",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from torch import nn
 import architectures
 from architectures import ARCHITECTURES, Architecture, exercise, logits, tiny, tokens
 from helpers import random_quantized
-from lowbit import QuantLinear, QuantSpec, load, quantize_
+from lowbit import QuantLinear, QuantSpec, load, quantize, quantize_
 from lowbit.checkpoint import CheckpointWriter
 from lowbit.evaluate import context_length
 from lowbit.linear import Int8Linear
 from lowbit.quantize import _write as write_folder
+from lowbit.reads import check_readers
 from lowbit.spec import ActivationSpec
 from lowbit.stand_in import NoDenseWeightError
 
@@ -101,6 +103,33 @@ def test_a_weight_rounded_without_data_raises_when_the_model_multiplies_by_it():
     quantize_(model, SPEC, "rtn")
     with pytest.raises(NoDenseWeightError, match=r"matmul.*the weight \(128, 32\) of a linear itself.*--ignore"):
         logits(model, tokens())
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        (
+            "multiplies by the weight itself",
+            r"Mamba.*layers.0.mixer.dt_proj, .*cannot be packed",
+        ),
+        ("changes its weights while it runs", "4 in all.*rescale_every 0"),
+    ],
+)
+def test_a_folder_is_refused_without_data_too_and_nothing_is_left(name, said, tmp_path):
+    tiny(name).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=said):
+        quantize(tmp_path / "model", tmp_path / "out", 4, group_size=32, method="rtn", verbose=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_that_does_not_run_on_tokens_alone_gets_a_note(monkeypatch):
+    model = tiny("casts to the weight's dtype").train()
+    name = next(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    assert check_readers(model, [name]) == []
+    monkeypatch.setattr(model, "forward", lambda **_: model.get_input_embeddings()(None))
+    (note,) = check_readers(model, [name])
+    assert re.search(r"could not be run on 8 tokens.*TypeError: embedding\(\)", note)
+    assert all(module.training and not module._forward_hooks for module in model.modules())
 
 
 def test_a_model_that_changes_its_weights_while_it_runs_is_refused_with_the_setting():

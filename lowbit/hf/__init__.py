@@ -4,6 +4,7 @@ No other part of lowbit imports transformers.
 """
 
 from .export import (
+    check_names,
     checkpoint_names,
     companion_files,
     config_dict,
@@ -19,6 +20,7 @@ from .source import parse_device, resolve
 
 __all__ = [
     "LowbitConfig",
+    "check_names",
     "checkpoint_names",
     "companion_files",
     "config_dict",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import __version__ as transformers_version
 
 from ..checkpoint import read_tensor_infos
 from ..companions import copy_companions
@@ -21,6 +22,7 @@ from .experts import revert_names
 from .loading import TOKENIZER_FILES
 
 __all__ = [
+    "check_names",
     "checkpoint_names",
     "companion_files",
     "config_dict",
@@ -91,6 +93,35 @@ def dense_tensors(model: PreTrainedModel, exclude: Iterable[str]) -> Iterator[tu
     Raises:
         ValueError: ``exclude`` names a module that has no weight.
     """
+    yield from revert_names(model, _dense_state(model, exclude)).items()
+
+
+def check_names(model: PreTrainedModel, targets: Iterable[str]) -> None:
+    """Ask for every name of the folder to come, before there is anything to lose.
+
+    Args:
+        model: as it will be calibrated, its experts separated.
+        targets: module names of the linears to be quantized.
+
+    Raises:
+        ValueError: transformers cannot say how the architecture's files name its tensors.
+    """
+    targets = list(targets)
+    dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in targets]
+    state = {name: torch.empty_like(tensor, device="meta") for name, tensor in _dense_state(model, targets).items()}
+    try:
+        checkpoint_names(model, targets)
+        ignore_names(model, dense)
+        revert_names(model, state)
+    except Exception as error:  # whatever a conversion makes of a tensor that it does not expect
+        raise ValueError(
+            f"transformers {transformers_version} cannot say how files of {type(model).__name__} name its tensors: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _dense_state(model: PreTrainedModel, exclude: Iterable[str]) -> dict[str, Tensor]:
+    """What is stored beside the linears ``exclude``, under the model's names."""
     state = dict(model.state_dict())
     for name in exclude:
         parts = [f"{name}.{part}" for part in _PACKED_PARTS if f"{name}.{part}" in state]
@@ -103,7 +134,7 @@ def dense_tensors(model: PreTrainedModel, exclude: Iterable[str]) -> Iterator[tu
     for target, source in model.all_tied_weights_keys.items():
         if target in state and source in state and _same_memory(state[target], state[source]):
             del state[target]
-    yield from revert_names(model, state).items()
+    return state
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
