@@ -229,14 +229,14 @@ def _loop_weights(case: CompileCase) -> int | None:
 def _copied_bytes(case: CompileCase, loop: LoopFigures) -> int:
     """Bytes that a pass over packed words must copy 16 at a time; 0 when the case does not say how they are packed.
 
-    Activations too few to give every thread 16 bytes may be copied in smaller parts.
+    Activations of which one load has too few to give every thread 16 bytes may be copied in smaller parts.
     """
     bits, rows = case.constexprs.get("BITS"), case.constexprs.get("BLOCK_N")
     if not bits or not rows:
         return 0
-    words = loop.weights * bits // 8
-    x = loop.weights // rows * case.tokens * 2
-    return words + (x if x >= 16 * 32 * case.options.get("num_warps", 4) else 0)
+    words, columns = loop.weights * bits // 8, loop.weights // rows
+    at_once = case.constexprs.get("PART", columns) * case.tokens * 2
+    return words + (columns * case.tokens * 2 if at_once >= 16 * 32 * case.options.get("num_warps", 4) else 0)
 
 
 def _hash(key: Key) -> str:

@@ -14,12 +14,14 @@ pytest.importorskip("triton", reason="triton is not installed (it exists for Lin
 
 from lowbit_kernels.dispatch import INVARIANT_TOKENS, choose, fill_split
 from lowbit_kernels.table import parse_table, table_for, tables
-from lowbit_kernels.tiles import Problem, Tile, cdiv, fits, step_columns
+from lowbit_kernels.tiles import Problem, Tile, cdiv, fits, narrowed, step_columns
+from lowbit_kernels.weight_only import constants, options
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "kernels" / "lowbit_kernels" / "tables"
 sys.path.append(str(ROOT / "eval" / "gpu_check"))
 
+FP16 = torch.float16
 ARCHS = (75, 80, 86, 87, 89, 90, 100, 103, 120, 121)
 MODEL_SHAPES = (
     (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336),  # Llama 3 8B, fused
@@ -285,6 +287,56 @@ def test_a_measured_shape_keeps_its_split_and_others_fill():
         near = choose(Problem(1, 4096, 2048, 4, 128, torch.float16), 90, gpu_name="a GPU")
         assert near.split_k == fill_split(near, Problem(1, 4096, 2048, 4, 128, torch.float16), 90, 132)
     dispatch._choose.cache_clear()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_tile_is_narrowed_for_small_groups_alone(arch):
+    shapes = ((8, 64, 2, 4), (8, 128, 4, 4), (16, 64, 2, 4), (32, 128, 4, 3), (64, 128, 8, 3), (128, 128, 8, 3))
+    for (m, n, warps, stages), size, bits, asymmetric in itertools.product(
+        shapes, (32, 64, 128, -1), (2, 4, 8), (False, True)
+    ):
+        tile, problem = Tile("triton", m, n, 2, warps, stages), Problem(m, n, 4096, bits, size, FP16, asymmetric)
+        found = narrowed(tile, problem, arch)
+        if size not in (32, 64):
+            assert found == tile
+        assert found.block_m <= tile.block_m and found.block_n <= tile.block_n
+        assert (found.split_k, found.num_stages, found.pdl) == (tile.split_k, tile.num_stages, tile.pdl)
+        assert found.block_n >= 16 * found.num_warps, "a warp multiplies 16 rows at least"
+        assert narrowed(found, problem, arch) == found
+    for family in ("gluon", "scaled", "dequant"):
+        tile = Tile(family, 128, 128, 1, 8, 4)
+        assert narrowed(tile, Problem(128, 4096, 4096, 4, 32, FP16), arch) == tile
+
+
+@pytest.mark.parametrize("arch", [80, 86, 90, 120])
+def test_x_is_loaded_a_run_at_a_time_where_that_is_16_bytes_for_each_thread(arch):
+    """Or by mma.sync, which can split it in registers, all columns of the step."""
+    seen = set()
+    for (m, n, warps), size, bits in itertools.product(
+        ((8, 64, 2), (8, 128, 4), (16, 64, 2), (32, 128, 4), (64, 128, 8)), (32, 64, 128, -1), (2, 4, 8)
+    ):
+        tile = Tile("triton", m, n, 1, warps, 3)
+        found = constants(Problem(m, n, 4096, bits, size, FP16), tile, arch, has_bias=False)
+        step, wide = step_columns(bits), m * found["RUN"] * 2 // (32 * warps) >= 16
+        assert found["PART"] == (found["RUN"] if wide or not found["FOR_MMA"] else step)
+        seen.add(found["PART"] == step and found["RUN"] < step)
+    assert seen == {False, True}
+
+
+def test_a_limit_of_registers_leaves_room_for_a_program_and_is_one_that_ptxas_takes():
+    limits = set()
+    for (m, n, warps), size, bits in itertools.product(
+        ((8, 64, 2), (8, 128, 4), (16, 64, 2), (16, 64, 4), (32, 128, 4), (32, 128, 8), (64, 128, 8)),
+        (32, 64, 128, -1),
+        (2, 4, 8),
+    ):
+        tile = Tile("triton", m, n, 1, warps, 3)
+        found = options(Problem(m, n, 4096, bits, size, FP16), tile)
+        limit = found.pop("maxnreg", 255)
+        assert found == {"num_warps": warps, "num_stages": 3}
+        assert limit <= 255 and limit * 32 * warps <= 65_536
+        limits.add(limit)
+    assert len(limits) > 1 and 255 in limits
 
 
 @pytest.mark.parametrize("name", [None, "NVIDIA H200"])

@@ -31,7 +31,7 @@ else:
     from lowbit_kernels.weight_only import constants, weight_only_matmul, weight_only_reference
 
     ARCHS = (80, 90)
-    FEW, SPLIT, WIDE = Tile("triton", 8, 32, 1, 4, 2), Tile("triton", 16, 64, 3, 4, 2), Tile("triton", 64, 64, 2, 4, 2)
+    FEW, SPLIT, WIDE = Tile("triton", 8, 32, 1, 4, 2), Tile("triton", 16, 64, 3, 2, 2), Tile("triton", 64, 64, 2, 4, 2)
     SHAPES = (
         FEW,
         SPLIT,
@@ -93,9 +93,9 @@ else:
         assert_close(actual, float64(case, qw, args), **tolerance(torch.float16, roundings, k=case.k))
 
     def test_the_shapes_above_take_every_branch():
-        """Both operand orders and all four origins of the sums are among them."""
+        """Both operand orders and all four origins of the sums are among them, and x by the run and by the step."""
         seen = {
-            (chosen["FOR_MMA"], chosen["SUMS"])
+            (chosen["FOR_MMA"], chosen["SUMS"], chosen["PART"])
             for arch in ARCHS
             for tile in SHAPES
             for asymmetric in (False, True)
@@ -104,7 +104,9 @@ else:
                 constants(Problem(19, 34, 256, 4, 32, torch.float16, asymmetric), tile, arch, has_bias=False)
             ]
         }
-        assert seen == {(True, 0), (True, 1), (True, 3), (False, 0), (False, 2), (False, 3)}
+        wgmma = {(False, sums, 32) for sums in (0, 2, 3)}
+        mma = {(True, sums, part) for sums in (0, 1, 3) for part in (32, 128)}
+        assert seen == {*mma, *wgmma}
 
     @pytest.mark.parametrize("tile", [FEW, Tile("triton", 64, 64, 1, 4, 2), Tile("dequant", 1, 16)], ids=str)
     @pytest.mark.parametrize("bits", [2, 4, 8])

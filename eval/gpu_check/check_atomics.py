@@ -18,7 +18,7 @@ from lowbit_kernels.operands import SUMS_LOADED
 from lowbit_kernels.overlap import launch_options
 from lowbit_kernels.product import tile_product
 from lowbit_kernels.tiles import Tile, cdiv
-from lowbit_kernels.weight_only import constants, device_arch
+from lowbit_kernels.weight_only import constants, device_arch, options
 
 __all__ = ["atomic_matmul", "has_atomic_form"]
 
@@ -26,8 +26,8 @@ __all__ = ["atomic_matmul", "has_atomic_form"]
 @triton.jit
 def _atomic_kernel(
     x_ptr, tiles_ptr, scales_ptr, zeros_ptr, out_ptr, M, N, K: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr,
-    GROUP: tl.constexpr, RUN: tl.constexpr, RAW: tl.constexpr, PTX: tl.constexpr, SUMS: tl.constexpr,
-    HAS_ZEROS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr,
+    GROUP: tl.constexpr, RUN: tl.constexpr, PART: tl.constexpr, RAW: tl.constexpr, PTX: tl.constexpr,
+    SUMS: tl.constexpr, HAS_ZEROS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr,
     FOR_MMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """weight_only_kernel, except that every program adds its (BLOCK_M, BLOCK_N) sums to the fp32 zeros of out_ptr."""
@@ -36,7 +36,7 @@ def _atomic_kernel(
     tokens_left = tl.minimum(M - token, BLOCK_M).to(tl.int32)
     acc = tile_product(
         x_ptr, tiles_ptr, scales_ptr, zeros_ptr, x_ptr, token, row, tokens_left, split, M, N, K, UNITS, BITS, GROUP,
-        RUN, RAW, PTX, SUMS, HAS_ZEROS, BLOCK_M, BLOCK_N, SPLIT_K, FOR_MMA, STAGES,
+        RUN, PART, RAW, PTX, SUMS, HAS_ZEROS, BLOCK_M, BLOCK_N, SPLIT_K, FOR_MMA, STAGES,
     )  # fmt: skip
     rows = row + tl.arange(0, BLOCK_N)
     tokens = token + tl.arange(0, BLOCK_M)
@@ -68,6 +68,6 @@ def atomic_matmul(packed: Packed, x: Tensor, tile: Tile, out: Tensor | None = No
     count = cdiv(problem.m, tile.block_m) * cdiv(packed.n, tile.block_n)
     _atomic_kernel[(count, tile.split_k)](
         x, packed.tiles, packed.scales_gn, zeros, out, M=problem.m, N=packed.n, **constexprs,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(),
+        **options(problem, tile), **launch_options(),
     )  # fmt: skip
     return out

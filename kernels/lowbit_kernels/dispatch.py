@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from .scaled_plan import steps_taken
 from .table import table_for, uses_pdl
-from .tiles import HOPPER, Problem, Tile, cdiv, fits, shared_bytes, shared_limit, step_columns, why_not
+from .tiles import HOPPER, Problem, Tile, cdiv, fits, narrowed, shared_bytes, shared_limit, step_columns, why_not
 
 __all__ = [
     "INVARIANT_TOKENS",
@@ -30,9 +30,6 @@ FEWEST_STEPS = 4
 """Steps along K that a program should have at least, to fill its pipeline."""
 SHARE_STEPS = 2.5
 """Steps of 128 columns in which a program could also have stored, or read, the sums of a tile: 42 GB/s from the L2."""
-WIDEST_OF_SMALL_GROUPS = 64
-"""Tokens of a tile of the triton family where 32 or 64 columns share a scale and a zero: the sums of 128 leave no
-registers for those (up to 556 bytes of spills in the machine code for sm_90). Tables are of groups of 128."""
 ANY_SHAPE = 2.0
 """Distance, in powers of two of n and k together, at which a series for any shape is nearer than a measured one."""
 
@@ -115,8 +112,6 @@ def _choose(problem: Problem, arch: int, gpu_name: str | None, fused_only: bool,
         tile = next(row.tile for row in reversed(rows) if row.tile.family != "dequant")
     if tile.family in HOPPER and (arch != 90 or not hopper):
         tile = replace(tile, family="triton") if tile.family == "gluon" or fused_only else Tile("dequant", 1, 16)
-    if tile.family == "triton" and tile.block_m > WIDEST_OF_SMALL_GROUPS and problem.group_size in (32, 64):
-        tile = replace(tile, block_m=WIDEST_OF_SMALL_GROUPS)
     same_shape = key[2:] == (problem.n, problem.k)
     found = _fitted(tile, same_shape, problem, arch, table.multiprocessors, fused_only)
     return replace(found, pdl=found.family != "dequant" and uses_pdl(arch, gpu_name))
@@ -141,6 +136,7 @@ def _fitted(tile: Tile, same_shape: bool, problem: Problem, arch: int, multiproc
     if tile.family == "dequant":
         return replace(tile, split_k=1)
     while True:
+        tile = narrowed(tile, problem, arch)
         asked = tile.split_k if same_shape and tile.split_k else None
         split = 1 if fused_only else asked or fill_split(replace(tile, split_k=1), problem, arch, multiprocessors)
         resolved = replace(tile, split_k=split)

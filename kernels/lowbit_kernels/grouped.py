@@ -36,7 +36,7 @@ from .product import tile_product
 from .releases import wide_enough
 from .run_sums import loaded_sums
 from .tiles import Problem, Tile, cdiv, why_not
-from .weight_only import constants, device_arch, gpu_name, weight_only_reference
+from .weight_only import constants, device_arch, gpu_name, options, weight_only_reference
 from .weight_only_cases import compile_case
 
 __all__ = ["compile_cases", "grouped_kernel", "grouped_matmul", "grouped_reference"]
@@ -65,6 +65,7 @@ def grouped_kernel(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     RUN: tl.constexpr,
+    PART: tl.constexpr,
     RAW: tl.constexpr,
     PTX: tl.constexpr,
     SUMS: tl.constexpr,
@@ -94,7 +95,7 @@ def grouped_kernel(
         tokens_left = tl.minimum(end - token, BLOCK_M).to(tl.int32)
         acc = tile_product(
             x_ptr, words, scales, zeros, sums_ptr, token, row, tokens_left, tl.program_id(1), M, N, K, UNITS, BITS,
-            GROUP, RUN, RAW, PTX, SUMS, HAS_ZEROS, BLOCK_M, BLOCK_N, SPLIT_K, FOR_MMA, STAGES,
+            GROUP, RUN, PART, RAW, PTX, SUMS, HAS_ZEROS, BLOCK_M, BLOCK_N, SPLIT_K, FOR_MMA, STAGES,
         )  # fmt: skip
         store_tile(acc, bias_ptr + e * N, out_ptr, token, row, end, N, HAS_BIAS)
     elif weight == -1:
@@ -206,8 +207,7 @@ def _launch(
         **routing_constants(len(ends), len(tiles), slots is not None),
         **constexprs,
         PDL=tile.pdl,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **options(problem, tile),
         **launch_options(tile.pdl),
     )
 

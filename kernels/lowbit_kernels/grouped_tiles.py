@@ -14,7 +14,7 @@ from .dispatch import INVARIANT_TOKENS
 from .int8_tiles import Int8Tile, fitting
 from .int8_tiles import why_not as int8_why_not
 from .table import ExpertRow, table_for, uses_pdl
-from .tiles import Problem, Tile, why_not
+from .tiles import Problem, Tile, narrowed, why_not
 
 __all__ = ["MIN_ARCH", "grouped_int8_tile", "grouped_tile"]
 
@@ -28,7 +28,8 @@ def grouped_tile(
 ) -> Tile:
     """The tile of the packed experts' matmul; ``problem.m`` are all rows.
 
-    Where the wanted tile does not fit, it gets fewer stages. One that does not fit at all is refused by the launch.
+    Where the wanted tile does not fit, it gets fewer stages, and then half of its tokens. One that does not fit at all
+    is refused by the launch.
 
     Args:
         gpu_name: the driver's name of the GPU; None, or one without a table, takes the nearest architecture's.
@@ -37,7 +38,10 @@ def grouped_tile(
     mean = INVARIANT_TOKENS if batch_invariant else problem.m / experts
     row = _row(table_for(arch, gpu_name).experts.get(problem.bits, ()), mean)
     wanted = row.tile if row is not None and isinstance(row.tile, Tile) else _by_rule(mean, arch)
-    candidates = (wanted, *(replace(wanted, num_stages=stages) for stages in range(wanted.num_stages - 1, 0, -1)))
+    wanted = narrowed(wanted, problem, arch)
+    half = replace(wanted, block_m=max(8, wanted.block_m // 2))  # one stage would mean no asynchronous copies
+    candidates = [replace(tile, num_stages=s) for tile in (wanted, half) for s in range(tile.num_stages, 1, -1)]
+    candidates.append(replace(wanted, num_stages=1))
     found = next((tile for tile in candidates if why_not(tile, problem, arch) is None), wanted)
     return replace(found, pdl=uses_pdl(arch, gpu_name))
 

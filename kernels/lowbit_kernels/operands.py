@@ -16,6 +16,7 @@ __all__ = [
     "SUMS_BY_ADDS",
     "SUMS_BY_DOT",
     "SUMS_LOADED",
+    "end_of_run",
     "load_x",
     "of_run",
     "right_operand",
@@ -166,6 +167,16 @@ def run_of_x(x, INDEX: tl.constexpr, RUNS: tl.constexpr, BLOCK_M: tl.constexpr):
             half = low if INDEX % (RUNS >> level) < (RUNS >> level) // 2 else high
             x = tl.reshape(half, (x.shape[0] // 2, 8))
     return x
+
+
+@triton.jit
+def end_of_run():
+    """Nothing is loaded from shared memory before this that the program loads after it: an order for ptxas, which
+    otherwise loads the x of all runs of a step first and spills it. In machine code a warp's barrier with itself.
+    """
+    tl.inline_asm_elementwise(
+        "bar.warp.sync 0xffffffff; mov.b32 $0, 0;", "=r,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit

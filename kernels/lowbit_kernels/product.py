@@ -9,7 +9,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .operands import load_x, of_run, right_operand, run_of_x, run_sums, step_scales, word_offsets, x_offsets
+from .operands import (
+    end_of_run,
+    load_x,
+    of_run,
+    right_operand,
+    run_of_x,
+    run_sums,
+    step_scales,
+    word_offsets,
+    x_offsets,
+)
 from .unpack import unpack_columns
 
 __all__ = ["tile_product"]
@@ -33,6 +43,7 @@ def tile_product(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     RUN: tl.constexpr,
+    PART: tl.constexpr,  # columns of x that are loaded at once: a run, or for mma.sync all of the step
     RAW: tl.constexpr,
     PTX: tl.constexpr,
     SUMS: tl.constexpr,
@@ -55,8 +66,6 @@ def tile_product(
 
     begin = split * MINE
     word_ptrs = tiles_ptr + word_offsets(row, N, UNITS, BLOCK_N) + begin.to(tl.int64) * 256
-    # mma.sync takes x out of registers, which can be split; wgmma out of shared memory, a tile for each run
-    PART: tl.constexpr = COLUMNS if FOR_MMA else RUN
     x_ptrs = x_ptr + x_offsets(token, K, PART, BLOCK_M, FOR_MMA) + begin.to(tl.int64) * COLUMNS
     sums_ptrs = sums_ptr + begin.to(tl.int64) * RUNS * M + token + tl.arange(0, BLOCK_M)
     next_scales = step_scales(scales_ptr, begin, N, row, LAST, GROUP, RUN, SCALES, BLOCK_N)
@@ -79,12 +88,12 @@ def tile_product(
             next_scales = step_scales(scales_ptr, step + 1, N, row, LAST, GROUP, RUN, SCALES, BLOCK_N)
             if HAS_ZEROS:
                 next_zeros = step_scales(zeros_ptr, step + 1, N, row, LAST, GROUP, RUN, SCALES, BLOCK_N)
-        whole = load_x(x_ptrs, tokens_left, K - step * COLUMNS, PART, BLOCK_M, EVEN, FOR_MMA)
+        first = load_x(x_ptrs, tokens_left, K - step * COLUMNS, PART, BLOCK_M, EVEN, FOR_MMA)
         for run in tl.static_range(RUNS):
-            if FOR_MMA:
-                x = run_of_x(whole, run, RUNS, BLOCK_M)
+            if PART == COLUMNS:
+                x = run_of_x(first, run, RUNS, BLOCK_M)
             elif run == 0:
-                x = whole
+                x = first
             else:
                 left = K - step * COLUMNS - run * RUN
                 x = load_x(x_ptrs + run * RUN, tokens_left, left, RUN, BLOCK_M, EVEN, FOR_MMA)
@@ -97,6 +106,8 @@ def tile_product(
                 else:
                     dot -= (RAW + MIDDLE) * sums
             acc += dot * of_run(scales, run if SCALES > 1 else 0, SCALES)[:, None]
+            if FOR_MMA and PART < COLUMNS and PTX != "":
+                end_of_run()
         word_ptrs += 256
         x_ptrs += COLUMNS
         if SUMS == 3:

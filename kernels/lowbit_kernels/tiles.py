@@ -6,7 +6,7 @@ fastest is measured and kept elsewhere (table.py, which dispatch.py chooses from
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -26,6 +26,7 @@ __all__ = [
     "Tile",
     "cdiv",
     "fits",
+    "narrowed",
     "run_columns",
     "shared_bytes",
     "shared_limit",
@@ -144,6 +145,27 @@ def shared_bytes(tile: Tile, problem: Problem) -> int:
     words = tile.block_n * columns * problem.bits // 8
     result = tile.block_m * tile.block_n * 4
     return max((tile.num_stages + 1) * (x + words), result) + 1024
+
+
+def narrowed(tile: Tile, problem: Problem, arch: int) -> Tile:
+    """``tile``, or for small groups one of the triton family that keeps within the registers.
+
+    Tables are of groups of 128. Where 32 or 64 columns share a scale and a zero, a step has up to eight runs, and all
+    their scales and zeros are held at once: then a warp has 16 rows and no more, and there are fewer tokens. wgmma
+    takes x from shared memory and has room for more.
+    """
+    if tile.family != "triton" or problem.group_size not in (32, 64):
+        return tile
+    runs = step_columns(problem.bits) // problem.group_size
+    if arch // 10 == 9:
+        crowded = runs == 8 and tile.block_m >= 16
+        tile = replace(tile, block_m=min(tile.block_m, 32 if crowded else 64))
+    else:
+        crowded = runs >= 4
+        most = 16 if runs == 8 else 32 if runs == 4 and problem.asymmetric else 64
+        tile = replace(tile, block_n=64) if runs == 8 and tile.block_m > most else tile
+        tile = replace(tile, block_m=min(tile.block_m, most))
+    return replace(tile, num_warps=min(8, tile.block_n // 16)) if crowded else tile
 
 
 @lru_cache(maxsize=8192)  # a launch asks every time

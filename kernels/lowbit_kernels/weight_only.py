@@ -45,10 +45,32 @@ from .overlap import launch_options, let_next_begin, prefetch_weight, wait_for_p
 from .product import tile_product
 from .releases import LEAST_WGMMA, gluon_missing, wide_enough
 from .run_sums import loaded_sums
-from .tiles import Problem, Tile, cdiv, run_columns, why_not
+from .tiles import Problem, Tile, cdiv, run_columns, step_columns, why_not
 from .unpack import conversion, raw_offset
 
-__all__ = ["constants", "device_arch", "gpu_name", "weight_only_kernel", "weight_only_matmul", "weight_only_reference"]
+__all__ = [
+    "constants",
+    "device_arch",
+    "gpu_name",
+    "options",
+    "weight_only_kernel",
+    "weight_only_matmul",
+    "weight_only_reference",
+]
+
+
+_REGISTERS = {
+    (8, 1, 32): 128,
+    (8, 2, 32): 168,
+    (8, 4, 16): 168,
+    (8, 4, 32): 168,
+    (16, 2, 32): 208,
+    (16, 4, 16): 208,
+    (32, 1, 32): 240,
+}
+"""Registers per thread at most, by tokens, runs in a step and rows per warp. Left alone, ptxas spills up to 50 words in
+these where more programs would then find room on a multiprocessor: it does not know that shared memory has none for
+them. A limit, even one that is not reached, keeps it from that (README.md, the log of 2026-11-23)."""
 
 
 @triton.jit
@@ -69,6 +91,7 @@ def weight_only_kernel(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,  # columns, or -1
     RUN: tl.constexpr,  # columns per dot product: they share a scale
+    PART: tl.constexpr,  # columns of x per load: _columns_at_once
     RAW: tl.constexpr,
     PTX: tl.constexpr,  # conversion(...), or "" in the interpreter
     SUMS: tl.constexpr,
@@ -94,7 +117,7 @@ def weight_only_kernel(
     tokens_left = tl.minimum(M - token, BLOCK_M).to(tl.int32)
     acc = tile_product(
         x_ptr, tiles_ptr, scales_ptr, zeros_ptr, sums_ptr, token, row, tokens_left, split, M, N, K, UNITS, BITS, GROUP,
-        RUN, RAW, PTX, SUMS, HAS_ZEROS, BLOCK_M, BLOCK_N, SPLIT_K, FOR_MMA, STAGES,
+        RUN, PART, RAW, PTX, SUMS, HAS_ZEROS, BLOCK_M, BLOCK_N, SPLIT_K, FOR_MMA, STAGES,
     )  # fmt: skip
     if SPLIT_K == 1:
         store_tile(acc, bias_ptr, out_ptr, token, row, M, N, HAS_BIAS)
@@ -133,6 +156,18 @@ def gpu_name(device: torch.device) -> str | None:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
+def _columns_at_once(problem: Problem, tile: Tile, wgmma: bool) -> int:
+    """Columns of x that one load brings: a run's, wherever those are 16 bytes for each thread.
+
+    Where they are fewer, mma.sync takes all columns of the step and splits them in registers, where wgmma, which reads
+    x from shared memory, cannot. With more tokens the whole step does not fit into the registers: at 4 bits and 64
+    tokens it is 128 of them, and up to 840 bytes were spilled.
+    """
+    run = run_columns(problem.bits, problem.group_size)
+    enough = tile.block_m * run * 2 >= 16 * 32 * tile.num_warps
+    return run if wgmma or enough else step_columns(problem.bits)
+
+
 @lru_cache(maxsize=8192)  # a launch asks every time; nobody changes the answer
 def constants(problem: Problem, tile: Tile, arch: int, *, has_bias: bool, interpreted: bool = False) -> dict[str, Any]:
     """Constexpr arguments of the kernel: the same for a launch and for compiling ahead of one.
@@ -157,6 +192,7 @@ def constants(problem: Problem, tile: Tile, arch: int, *, has_bias: bool, interp
         "BITS": bits,
         "GROUP": problem.group_size,
         "RUN": run_columns(bits, problem.group_size),
+        "PART": _columns_at_once(problem, tile, wgmma),
         "RAW": raw,
         "PTX": "" if interpreted else conversion(bits, dtype, centred=raw < 0),
         "SUMS": sums,
@@ -168,6 +204,14 @@ def constants(problem: Problem, tile: Tile, arch: int, *, has_bias: bool, interp
         "FOR_MMA": not wgmma,
         "STAGES": tile.num_stages,
     }
+
+
+def options(problem: Problem, tile: Tile) -> dict[str, int]:
+    """Keywords of a launch with ``tile``, and of compiling ahead of one, beside :func:`launch_options`."""
+    runs = step_columns(problem.bits) // run_columns(problem.bits, problem.group_size)
+    limit = _REGISTERS.get((tile.block_m, runs, tile.block_n // tile.num_warps))
+    limited = {"maxnreg": limit} if limit is not None else {}
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **limited}
 
 
 def weight_only_matmul(
@@ -266,8 +310,7 @@ def _launch(
             N=n,
             **constexprs,
             PDL=tile.pdl,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **options(problem, tile),
             **launch_options(tile.pdl),
         )
     return out

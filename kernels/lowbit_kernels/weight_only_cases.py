@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from .cases import ARCHITECTURES, CompileCase
-from .tiles import PDL_ARCH, Problem, Tile, shared_bytes
-from .weight_only import constants, weight_only_kernel
+from .tiles import PDL_ARCH, Problem, Tile, narrowed, shared_bytes, step_columns
+from .weight_only import constants, options, weight_only_kernel
 
 __all__ = ["compile_case", "compile_cases"]
 
@@ -22,24 +24,35 @@ def compile_cases() -> list[CompileCase]:
     others = ((4, 64, bf16, True), (4, 32, bf16, False), (4, -1, fp16, False), (8, 32, bf16, True), (2, 64, bf16, True))
     shapes = [
         (Tile("triton", 8, 64, 4, 2, 4), ARCHITECTURES, (*kinds, *others)),
-        (Tile("triton", 8, 128, 4, 4, 4), (90,), kinds[:2]),
+        (Tile("triton", 8, 128, 4, 4, 4), (90,), (*kinds[:2], kinds[3])),
         (Tile("triton", 8, 128, 4, 4, 4), tuple(arch for arch in ARCHITECTURES if arch != 90), kinds[:2]),
         (Tile("triton", 16, 64, 4, 2, 4), ARCHITECTURES, kinds),
         (Tile("triton", 16, 128, 4, 4, 4), (90,), kinds),
         (Tile("triton", 32, 128, 2, 8, 4), (90,), kinds),
         (Tile("triton", 64, 128, 1, 8, 3), (90,), kinds),
         (Tile("triton", 128, 128, 1, 8, 3), (90,), kinds[:1] + kinds[2:3]),
-        (Tile("triton", 32, 128, 2, 4, 3), (80, 86, 89, 120), kinds),
-        (Tile("triton", 64, 128, 1, 8, 3), (80, 86, 89, 120), kinds),
+        (Tile("triton", 32, 128, 2, 4, 3), (80, 86, 89, 120), (*kinds, (4, 32, bf16, True), (2, 64, fp16, True))),
+        (Tile("triton", 64, 128, 1, 8, 3), (80, 86, 89, 120), (*kinds, (4, 64, fp16, True), (4, 32, bf16, False))),
     ]
     overlapping = [
         (Tile("triton", 8, 64, 4, 2, 4, pdl=True), tuple(a for a in ARCHITECTURES if a >= PDL_ARCH), kinds[1:2])
     ]
     return [
-        compile_case(tile, Problem(4 * tile.block_m, 4096, 8192, bits, group, dtype, asymmetric), archs)
+        case
         for tile, archs, weights in shapes + overlapping
         for bits, group, dtype, asymmetric in weights
+        for case in _narrowed_cases(tile, Problem(4 * tile.block_m, 4096, 8192, bits, group, dtype, asymmetric), archs)
     ]
+
+
+def _narrowed_cases(tile: Tile, problem: Problem, archs: tuple[int, ...]) -> list[CompileCase]:
+    """A case for each of the tiles that ``tile`` is narrowed to on these architectures."""
+    found: dict[Tile, list[int]] = {}
+    for arch in archs:
+        found.setdefault(narrowed(tile, problem, arch), []).append(arch)
+    cases = [(one, compile_case(one, problem, tuple(those))) for one, those in found.items()]
+    # what was narrowed is no tile that scripts/tune should try
+    return [case if one == tile else replace(case, extra={**case.extra, "tile": None}) for one, case in cases]
 
 
 def compile_case(tile: Tile, problem: Problem, archs: tuple[int, ...] = (90,)) -> CompileCase:
@@ -53,6 +66,8 @@ def compile_case(tile: Tile, problem: Problem, archs: tuple[int, ...] = (90,)) -
         raise ValueError(f"{tile} is not one compilation for all of {archs}")
     constexprs = {**constexprs, "PDL": tile.pdl}
     name = {torch.float16: "fp16", torch.bfloat16: "bf16"}[problem.dtype]
+    # nowhere else are registers so scarce: each of these on every architecture
+    small = f" g{problem.group_size} m{tile.block_m}" if problem.group_size in (32, 64) else ""
     pointers = {
         "x_ptr": name,
         "tiles_ptr": "i32",
@@ -72,8 +87,8 @@ def compile_case(tile: Tile, problem: Problem, archs: tuple[int, ...] = (90,)) -
         signature=signature | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
         divisible=(*pointers, "N"),
-        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
-        kind=f"triton {name} {problem.bits}{' wgmma' * (not constexprs['FOR_MMA'])}{' pdl' * tile.pdl}",
+        options=options(problem, tile),
+        kind=f"triton {name} {problem.bits}{' wgmma' * (not constexprs['FOR_MMA'])}{' pdl' * tile.pdl}{small}",
         archs=archs,
         tokens=tile.block_m,
         wgmma=None if constexprs["FOR_MMA"] else "registers",
@@ -83,13 +98,21 @@ def compile_case(tile: Tile, problem: Problem, archs: tuple[int, ...] = (90,)) -
     )
 
 
+_BUDGETS = {
+    2: {32: (2.45, 2.95), 64: (1.85, 2.0), 128: (1.85, 1.85)},
+    4: {32: (2.55, 3.0), 64: (1.85, 1.95), 128: (1.55, 1.56)},
+    8: {32: (3.3, 3.3), 64: (3.3, 3.3), 128: (2.6, 2.6)},
+}
+"""Integer instructions per weight by bits, group and symmetric or not, for up to 16 tokens."""
+
+
 def _integer_budget(tokens: int, problem: Problem, raw: float) -> float:
     """Integer instructions per weight in the main loop at most: what the worst architecture needs, and a few percent.
 
     The conversion alone is 7/8 at 4 bits (a lop3 per pair, three shifts per four), at 8 bits 5/4 in bf16, in fp16 1/2
-    where it is centred, else 1.
+    where it is centred, else 1. The rest are addresses, scales and zeros: four times as many with groups of 32.
     """
-    small_groups = problem.group_size in (32, 64)
-    eight = 3.3 if small_groups else 2.5 if raw > 0 else 2.1
-    few = {2: 1.85, 4: 1.85 if small_groups else 1.55, 8: eight}[problem.bits]
-    return few * (1.0 if tokens <= 16 else 1.07 if tokens <= 32 else 2.4)
+    group = 128 if problem.group_size == -1 else problem.group_size
+    few = 2.15 if (problem.bits, group) == (8, 128) and raw < 0 else _BUDGETS[problem.bits][group][problem.asymmetric]
+    crowded = step_columns(problem.bits) // group >= 4
+    return few * (1.0 if tokens <= 16 else (1.35 if crowded else 1.15) if tokens <= 32 else 2.4)
