@@ -373,7 +373,8 @@ def _reporting(context: typer.Context, as_json: bool) -> Iterator[_Emitter]:
 def _fail(context: typer.Context, message: str, status: int) -> None:
     if context.find_root().params.get("debug"):
         traceback.print_exc()
-    print(f"lowbit: error: {message}" if status == EXIT_ERROR else f"lowbit: {message}", file=sys.stderr)
+    with suppress(OSError):  # of a terminal that was closed
+        print(f"lowbit: error: {message}" if status == EXIT_ERROR else f"lowbit: {message}", file=sys.stderr)
     raise typer.Exit(status) from None
 
 

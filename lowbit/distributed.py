@@ -46,9 +46,14 @@ class RankError(ConnectionError):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: from a shell, a container or a scheduler, or from torchrun when another rank has ended."""
+    """SIGTERM: from a shell, a container or a scheduler, or from torchrun when another rank has ended. SIGHUP: from a
+    terminal that was closed.
+    """
 
-    status = 128 + signal.SIGTERM
+    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
+        super().__init__(message)
+        self.status = 128 + number
+        """What a shell says of a process that such a signal ended."""
 
 
 class Moment(Protocol):
@@ -350,22 +355,30 @@ def checksum(tensor: Tensor) -> str:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """While open, SIGTERM raises :class:`Terminated`, so that a process cleans up behind itself.
+    """While open, SIGTERM and SIGHUP raise :class:`Terminated`, so that a process cleans up behind itself.
 
-    Only the main thread can take a signal: in any other, nothing changes.
+    A signal that is ignored stays so: ``nohup`` asks for that. Only the main thread can take a signal: in any other,
+    nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     several = _launch()[1] > 1
 
-    def stop(*_: object) -> None:
+    def stop(number: int, _: object) -> None:
+        if number != signal.SIGTERM:
+            raise Terminated("the terminal was closed", number)
         raise Terminated(
             "terminated, as torchrun does with all ranks when one of them has ended" if several else "terminated"
         )
 
-    before = signal.signal(signal.SIGTERM, stop)
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no terminals that hang up
+    before = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
+    taken = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in taken:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in taken.items():
+            signal.signal(number, handler)

@@ -352,6 +352,22 @@ def test_sigterm_ends_a_process_in_order(monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_signal_that_is_ignored_stays_ignored():
+    """nohup starts its command so."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with terminable():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with pytest.raises(Terminated, match=r"^the terminal was closed$") as stop, terminable():
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(10)
+    assert stop.value.status == 129 and signal.getsignal(signal.SIGHUP) is before
+
+
 # --- a rank that is gone
 
 

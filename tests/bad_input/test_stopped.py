@@ -76,6 +76,7 @@ def test_a_full_disk(model, packed, tmp_path, too_much):
         pytest.param(signal.SIGINT, 130, "interrupted", 0.0, id="Ctrl-C at the start"),
         pytest.param(signal.SIGINT, 130, "interrupted", 0.7, id="Ctrl-C in the middle"),
         pytest.param(signal.SIGTERM, 143, "terminated", 0.7, id="a container that is stopped"),
+        pytest.param(signal.SIGHUP, 129, "the terminal was closed", 0.7, id="a connection that is lost"),
     ],
 )
 def test_a_signal_while_quantizing(interruptible, out, tmp_path, sent, status, said, delay):
