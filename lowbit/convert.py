@@ -28,6 +28,7 @@ from .formats.awq import awq_config, awq_tensors, check_awq
 from .formats.compressed import CompressedFormat
 from .formats.gptq import check_gptq, gptq_config, gptq_tensors
 from .manifest import read_manifest
+from .modes import own_modes
 from .progress import track
 
 __all__ = ["TARGETS", "ConversionReport", "Target", "convert"]
@@ -78,6 +79,7 @@ class ConversionReport:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
+@own_modes()
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -111,7 +111,7 @@ def _few_tokens_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | N
     """aten has no groups here, so one call per group; the groups are added in fp32."""
     groups, n, size = weight.shape
     parts, scale = x.view(-1, groups, size).transpose(0, 1).contiguous(), scales.t().contiguous()
-    out = torch.zeros(x.shape[0], n)
+    out = x.new_zeros(x.shape[0], n, dtype=torch.float32)
     for g in range(groups):
         out += torch.ops.aten._weight_int8pack_mm(parts[g], weight[g], scale[g])
     return (out if bias is None else out + bias).to(x.dtype)
@@ -153,7 +153,7 @@ def _chunked_disk(
 def _chunked_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     groups, n, size = weight.shape
     rows = _chunk_rows(n, x.shape[1], x.device)
-    dense = torch.empty(rows, groups, size)
+    dense = scales.new_empty(rows, groups, size, dtype=torch.float32)
     out = x.new_empty(x.shape[0], n)
     for a in range(0, n, rows):
         b = min(a + rows, n)
@@ -173,7 +173,7 @@ def _chunked_int4(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | Non
     zero = None if zeros is None else _by_lane(zeros, lanes)
     blocks = max(1, _chunk_rows(n, k, x.device) // block)
     codes = words.new_empty(blocks, k, 2, block // 8)
-    dense = torch.empty(blocks, k, block)
+    dense = scales.new_empty(blocks, k, block, dtype=torch.float32)
     out = x.new_empty(m, n // block, block)
     for a in range(0, n // block, blocks):
         b = min(a + blocks, n // block)
@@ -245,7 +245,7 @@ def from_disk(
     if layout == CPU_INT8:
         codes = unpack_codes(weight, bits, k).view(n, groups, -1).transpose(0, 1).contiguous()
         return codes.bitwise_xor_(128).view(torch.int8), by_column, None  # code ^ 128 read as int8 is code - 128
-    packed = torch.empty(n, k // 2, dtype=torch.uint8)
+    packed = weight.new_empty(n, k // 2, dtype=torch.uint8)
     rows = _chunk_rows(n, k, weight.device) // _block() * _block()
     for a in range(0, n, rows):
         codes = unpack_codes(weight[a : a + rows], bits, k)
@@ -266,7 +266,7 @@ def to_disk(
         return pack_codes(codes, bits), scales.contiguous(), None
     order, block = _lane_order(), _block()
     assert order is not None
-    words = torch.empty(n, k * bits // 32, dtype=torch.int32)
+    words = weight.new_empty(n, k * bits // 32, dtype=torch.int32)
     rows = _chunk_rows(n, k, weight.device) // block * block
     for a in range(0, n, rows):
         nibbles = weight[a : a + rows].view(-1, k, 1, block // 2)
@@ -290,13 +290,13 @@ def _lane_order() -> Tensor | None:
         one warning, if on this CPU the layout is not made of such blocks.
     """
     rows, cols = 256, 256
-    number = torch.arange(rows, dtype=torch.int32).unsqueeze(1).expand(rows, cols)
+    number = torch.arange(rows, dtype=torch.int32, device="cpu").unsqueeze(1).expand(rows, cols)
     low, high = (_aten_pack((number >> shift) & 15).flatten() for shift in (0, 4))
     lanes = torch.stack([(low & 15) | (high << 4), (low >> 4) | (high & 240)]).long()
     for block in (16, 32, 64, 128):
         order = lanes[:, : block // 2]
-        if torch.equal(order.flatten().sort().values, torch.arange(block)):
-            first_rows = torch.arange(0, rows, block).view(-1, 1, 1)
+        if torch.equal(order.flatten().sort().values, torch.arange(block, device=order.device)):
+            first_rows = torch.arange(0, rows, block, device=order.device).view(-1, 1, 1)
             expected = order.view(2, 1, 1, -1) + first_rows.expand(-1, cols, 1)
             if torch.equal(lanes, expected.reshape(2, -1)):
                 return order.contiguous()

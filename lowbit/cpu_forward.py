@@ -86,5 +86,5 @@ def _sliced(query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) 
 @functools.lru_cache(maxsize=4 * _SLICES)
 def _mask(start: int, stop: int, shared: int, dtype: torch.dtype) -> Tensor:
     """Of queries ``start`` to ``stop``, ``shared`` times, what each adds to the scores of the first ``stop`` keys."""
-    hidden = torch.full((stop - start, stop), -torch.inf, dtype=dtype)
+    hidden = torch.full((stop - start, stop), -torch.inf, dtype=dtype, device="cpu")
     return hidden.triu(start + 1).repeat(shared, 1)

@@ -97,7 +97,7 @@ def token_windows(tokenizer: Any, text: str, seq_len: int, max_windows: int | No
             "there is no tokenizer: the model's folder has no tokenizer files (tokenizer.json or the like)"
         )
     # verbose=False: a text longer than the model's context is meant here, the tokenizer would warn about it.
-    ids = torch.as_tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.int64)
+    ids = torch.as_tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.int64, device="cpu")
     count = ids.numel() // seq_len
     if count == 0:
         raise ValueError(f"the text has {ids.numel()} tokens, which is shorter than one window of {seq_len} tokens")

@@ -189,7 +189,7 @@ def _check_base(base: Any, windows: torch.Tensor) -> None:
 
 def _score(model: Any, base: Any, windows: torch.Tensor, progress: bool) -> list[float]:
     """Sums over all scored tokens of: the model's and the base's cross-entropy, KL, agreement of the top tokens."""
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64, device="cpu")
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         run_model = stack.enter_context(_inference(model))
@@ -217,7 +217,7 @@ def _window_sums(logits: torch.Tensor, base_logits: torch.Tensor | None, targets
             f"the model predicts {logits.shape[-1]} tokens and the base model {base_logits.shape[-1]}: KL needs one "
             "vocabulary"
         )
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64, device="cpu")
     targets = targets.to(logits.device)
     step = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
     for start in range(0, len(targets), step):

@@ -149,8 +149,8 @@ class Experts(nn.Module):
             linears = [self._linears(unit)[e] for e in members]
             slots = None
             if len(members) < len(self):
-                slots = torch.full((len(self),), -1, dtype=torch.int32)
-                slots[members] = torch.arange(len(members), dtype=torch.int32)
+                slots = torch.full((len(self),), -1, dtype=torch.int32, device="cpu")
+                slots[members] = torch.arange(len(members), dtype=torch.int32, device="cpu")
                 slots = slots.to(linears[0][0].weight_scale.device)
             names.append(f"{unit}_{number}" if number else unit)
             self.add_module(names[-1], GroupedLinear(linears, bond, slots))

@@ -18,6 +18,7 @@ from .checkpoint import (
     read_tensor_infos,
 )
 from .dtypes import dtype_name
+from .modes import own_modes
 
 __all__ = ["Inspection", "LayerInfo", "SpecInfo", "inspect_checkpoint"]
 
@@ -116,6 +117,7 @@ class Inspection:
         return "\n".join(lines)
 
 
+@own_modes()
 def inspect_checkpoint(path: str | os.PathLike[str]) -> Inspection:
     """Describe a model folder, packed or dense; a packed one is checked as for loading, hashes included.
 

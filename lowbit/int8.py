@@ -132,7 +132,7 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     if _int_mm_is_exact():
         out: Tensor = torch._int_mm(a, b.t())
         return out
-    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32)
+    total = a.new_zeros(a.shape[0], b.shape[0], dtype=torch.int32)
     for begin in range(0, a.shape[1], _EXACT_COLUMNS):
         part = slice(begin, begin + _EXACT_COLUMNS)
         total += F.linear(a[:, part].float(), b[:, part].float()).to(torch.int32)
@@ -142,7 +142,7 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
 @functools.cache
 def _int_mm_is_exact() -> bool:
     """Whether torch's integer matmul adds without saturating 16-bit pairs, which is what x86 without VNNI does."""
-    values = torch.tensor([-128, -127, 127, 1, -128, 127, 127, -1], dtype=torch.int8).repeat(32)
+    values = torch.tensor([-128, -127, 127, 1, -128, 127, 127, -1], dtype=torch.int8, device="cpu").repeat(32)
     a = torch.stack([values, values.flip(0), torch.full_like(values, -128), torch.full_like(values, 127)])
     b = torch.cat([a, a.roll(1, 1)]).repeat(8, 1)
     try:

@@ -30,6 +30,7 @@ from .experts import Experts
 from .limits import engine_limits
 from .linear import Int8Linear, QuantLinear
 from .linearize import plan_linearized
+from .modes import check_weights_can_change, own_modes
 from .plan import Plan
 from .reads import check_readers
 from .report import QuantReport
@@ -41,6 +42,7 @@ from .windows import choose_windows, enough
 __all__ = ["quantize", "quantize_"]
 
 
+@own_modes()
 def quantize_(
     model: nn.Module,
     spec: QuantSpec,
@@ -85,6 +87,8 @@ def quantize_(
     check_method(method, spec, packed)
     check_calibration(method, calibration)
     check_request(spec, method, smooth, calibrated=calibration is not None, packed=packed)
+    if calibration is not None or not packed:
+        check_weights_can_change(model)
     if calibration is not None:
         find_blocks(model)
         check_tokens(model, calibration)
@@ -127,6 +131,7 @@ def _model_type(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "model_type", ""))
 
 
+@own_modes()
 def quantize(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -61,7 +61,20 @@ def _define(schema: str, fake: Callable[..., Tensor]) -> str:
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"lowbit::{name}", fake, lib=_LIBRARY)
+    operator = getattr(torch.ops.lowbit, name).default
+    for device_type in ("cpu", "cuda"):
+        _LIBRARY.impl(name, _outside_of_autocast(operator, device_type), f"Autocast{device_type.upper()}")
     return name
+
+
+def _outside_of_autocast(operator: Callable[..., Tensor], device_type: str) -> Callable[..., Tensor]:
+    """What runs where autocast is on: the result has x's dtype and not fewer bits than it has elsewhere."""
+
+    def call(*args: Any) -> Tensor:
+        with torch.autocast(device_type, enabled=False):
+            return operator(*args)
+
+    return call
 
 
 def check_activations(x: Tensor) -> None:

@@ -26,6 +26,7 @@ ALLOWED = {
     "lowbit.affine": "torch .spec",
     "lowbit.packing": "torch .spec",
     "lowbit.dtypes": "torch",
+    "lowbit.modes": "torch",
     "lowbit.calib": "torch .spec .affine .calib",
     "lowbit.cpu": "torch .onednn .packing .affine .spec",
     "lowbit.registration": "torch",
@@ -68,16 +69,16 @@ ALLOWED = {
     "lowbit.formats.reordered": "torch .formats .affine .linear",
     "lowbit.checkpoint": "torch .affine .foreign_config .formats .headers .manifest .pack_config .pack_quantized "
     ".shards .writer",
-    "lowbit.inspection": "torch .checkpoint .dtypes .hf .manifest .pack_quantized .spec",
+    "lowbit.inspection": "torch .checkpoint .dtypes .hf .manifest .modes .pack_quantized .spec",
     "lowbit.hf": "torch transformers huggingface_hub safetensors peft fastapi jinja2 starlette uvicorn .facts .hf "
     ".calib .checkpoint .companions .cpu .dtypes .formats .manifest .activations .expand .experts .headers .heap "
-    ".linear .int8 .linearize .ops .pack_config .pack_quantized .packing .affine .report .spec",
+    ".linear .int8 .linearize .modes .ops .pack_config .pack_quantized .packing .affine .report .spec",
     "lowbit.facts": ".foreign_config .headers .pack_config .spec",
     "lowbit.doctor": "rich .facts .hub_headers",
     "lowbit.limits": ".doctor",
     "lowbit.hub_headers": "huggingface_hub .headers",
     "lowbit.expand": "torch .affine .checkpoint",
-    "lowbit.convert": "torch .checkpoint .companions .dtypes .expand .formats .hf .manifest .progress",
+    "lowbit.convert": "torch .checkpoint .companions .dtypes .expand .formats .hf .manifest .modes .progress",
     "lowbit.data": "torch datasets",
     "lowbit.windows": "torch .data",
     "lowbit.progress": "rich",
@@ -86,7 +87,7 @@ ALLOWED = {
     ".smooth .walk",
     "lowbit.arguments": "torch .blockwise .data .evaluate .spec",
     "lowbit.quantize": "torch . .activations .arguments .blockwise .checkpoint .data .distributed .dtypes .evaluate "
-    ".experts .hf .limits .linear .linearize .plan .reads .report .run .spec .walk .windows",
+    ".experts .hf .limits .linear .linearize .modes .plan .reads .report .run .spec .walk .windows",
     "lowbit.vllm_plugin": "vllm .vllm_experts .vllm_gptq .vllm_kernel",
     "lowbit.vllm_gptq": "torch vllm",
     "lowbit.vllm_experts": "torch vllm .grouped .ops .spec .vllm_kernel",

@@ -71,7 +71,7 @@ class AwqFormat:
         # Two rows of codes become one row of bytes: the nibbles of k and k + 1, one byte for each of the N columns.
         stored = layer.read("qweight").view(torch.uint8).view(k // 2, 2, n // 8, 4)
         even, odd = stored[:, 0], stored[:, 1]
-        pairs = torch.empty(k // 2, n // 8, 8, dtype=torch.uint8)
+        pairs = stored.new_empty(k // 2, n // 8, 8)
         for j in range(4):
             pairs[:, :, ORDER[2 * j]] = even[:, :, j] & 15 | (odd[:, :, j] & 15) << 4
             pairs[:, :, ORDER[2 * j + 1]] = even[:, :, j] >> 4 | odd[:, :, j] & 0xF0
@@ -87,7 +87,7 @@ class AwqFormat:
 
     def order(self, layer: LayerTensors, linear: PackedLinear) -> Tensor:
         """Never reordered."""
-        return torch.arange(linear.shape[1])
+        return torch.arange(linear.shape[1], device="cpu")
 
 
 def _unpack(words: Tensor) -> Tensor:

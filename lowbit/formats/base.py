@@ -208,7 +208,7 @@ def disk_tensor(form: SourceFormat, layer: LayerTensors, linear: PackedLinear, p
     if part == "weight_zero_point":
         return pack_codes(form.zeros(layer, linear), linear.spec.bits, dim=0)
     if part == "weight_shape":
-        return torch.tensor(linear.shape, dtype=torch.int64)
+        return torch.tensor(linear.shape, dtype=torch.int64, device="cpu")
     if part == COLUMN_ORDER:
         return form.order(layer, linear)
     raise ValueError(f"{linear.name} has no tensor {part!r}; it has {sorted(disk_tensors(linear))}")

@@ -80,7 +80,7 @@ class CompressedFormat:
 
     def order(self, layer: LayerTensors, linear: PackedLinear) -> Tensor:
         """Never reordered: actorder "weight" leaves the groups where they are."""
-        return torch.arange(linear.shape[1])
+        return torch.arange(linear.shape[1], device="cpu")
 
 
 def _check_packed(layer: LayerTensors, spec: QuantSpec) -> tuple[int, int]:

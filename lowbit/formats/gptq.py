@@ -106,7 +106,7 @@ class GptqFormat:
         """See :class:`~lowbit.formats.base.SourceFormat`."""
         k = linear.shape[1]
         order = order_from_groups(f"{linear.name}.g_idx", layer.read("g_idx"), linear.spec.num_groups(k))
-        return torch.arange(k) if order is None else order
+        return torch.arange(k, device="cpu") if order is None else order
 
     def _zeros(self, layer: LayerTensors, spec: QuantSpec, n: int) -> Tensor:
         """``(N, G)``; version 1's ``2**bits - 1`` becomes ``2**bits`` (0 in 8 bits), which ``_check_zeros`` refuses."""
@@ -173,7 +173,7 @@ def gptq_tensors(name: str, stored: StoredWeight, version: int) -> dict[str, Ten
     """
     qw, order = stored.weight, stored.order
     bits, k, groups = qw.spec.bits, qw.codes.shape[1], qw.scales.shape[1]
-    g_idx, codes = torch.arange(k, dtype=torch.int32) // (k // groups), qw.codes
+    g_idx, codes = torch.arange(k, dtype=torch.int32, device=qw.codes.device) // (k // groups), qw.codes
     if order is not None:
         place = torch.argsort(order)  # where each column stands in the sorted weight
         g_idx, codes = g_idx[place], codes[:, place]

@@ -17,6 +17,7 @@ from transformers.utils.import_utils import is_accelerate_available
 
 from ..checkpoint import Checkpoint, quantization_section, read_checkpoint, read_config, read_tensor_infos
 from ..dtypes import parse_dtype
+from ..modes import own_modes
 from .foreign import foreign_from_pretrained
 from .quantizer import in_memory_config, prepare
 from .source import auto_class, parse_device, resolve
@@ -34,6 +35,7 @@ _ALONE = threading.RLock()
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
 
 
+@own_modes()
 def load(
     path_or_id: str | os.PathLike[str],
     *,
