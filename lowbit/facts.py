@@ -19,7 +19,16 @@ from .headers import Header, check_experts, read_config, read_headers
 from .pack_config import FORMAT, INT_FORMAT, PackedFormat
 from .spec import QuantSpec
 
-__all__ = ["Checkup", "Kind", "check_up"]
+__all__ = ["HELD_DENSE", "Checkup", "Kind", "check_up"]
+
+HELD_DENSE = re.compile(
+    r"(^|\.)(indexer\.(wk|(scorer\.)?weights_proj)"  # sparse attention: DeepSeek-V3.2 and V4, GLM-5, Hunyuan V4, dots3
+    r"|(compressor|indexer)\.(kv_proj|gate_proj)|compressor\.(wkv|wgate)"  # of DeepSeek-V4; its files say wkv and wgate
+    r"|input_mix_weight_(down|up)|block_inject_weight)$"  # Qwen4's residual streams
+)
+"""Names of linears inside decoder blocks that vLLM 0.33 and SGLang 0.5.23 have in the model's dtype, whatever the file
+says (``quant_config=None`` in vLLM's ``Indexer``, ``DeepseekCompressor`` and ``GatedResidual``). Most are small, and
+decide which tokens are attended to."""
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 # Engines make one matrix of these, so they need one scheme.
@@ -73,6 +82,7 @@ class Checkup:
         hidden: ``hidden_size``, or the greatest common divisor of all N where config.json has none.
         kinds: of quantized layers, the one with most weights first; one dense kind for a model that is not quantized.
         fused_differ: layers that engines fuse (q, k, v; gate, up) have different specs.
+        packed_held_dense: linears that are packed although engines have them dense: :data:`HELD_DENSE`.
         unlisted, unlisted_routers: linears, and routers, which some engines make linears of, that are dense although
             the configuration says that all linears are packed but those it lists (compressed-tensors' ``ignore``).
         own_code: config.json names Python code of the model's own.
@@ -87,6 +97,7 @@ class Checkup:
     hidden: int
     kinds: tuple[Kind, ...]
     fused_differ: bool
+    packed_held_dense: tuple[str, ...]
     unlisted: tuple[str, ...]
     unlisted_routers: tuple[str, ...]
     own_code: bool
@@ -107,6 +118,7 @@ class Checkup:
             "experts": kind.experts,
             "mixed": len({(other.format, other.spec) for other in self.kinds}) > 1,
             "fused_differ": self.fused_differ,
+            "packed_held_dense": bool(self.packed_held_dense),
             "unlisted": bool(self.unlisted),
             "unlisted_router": bool(self.unlisted_routers),
             "model_type": self.model_type,
@@ -160,6 +172,7 @@ def check_up(folder: Path, headers: Mapping[str, Header] | None = None, name: st
         hidden=hidden if type(hidden) is int and hidden > 0 else math.gcd(*(layer.n for layer in layers.values())),
         kinds=_kinds(layers) if layers else (_dense_kind(headers),),
         fused_differ=_fused_differ({**dense, **{name: layer.spec for name, layer in layers.items()}}),
+        packed_held_dense=tuple(name for name in layers if HELD_DENSE.search(name)),
         unlisted=_unlisted(settings, dense.keys() - layers, _LINEAR),
         unlisted_routers=_unlisted(settings, dense.keys() - layers, _ROUTER),
         own_code=bool(config.get("auto_map")),

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from .doctor import knowledge, meets
+from .pack_config import FORMAT
 
 __all__ = ["engine_limits"]
 
 _PHRASES = {"refused": "do not open it", "wrong": "open it and compute something else"}
 
 
-def engine_limits(model_type: str, experts: bool) -> list[str]:
+def engine_limits(model_type: str, experts: bool, form: str = FORMAT) -> list[str]:
     """A sentence per engine that will not run the checkpoint.
 
-    They come from the rows of ``engines.json`` that ask for nothing but the architecture.
+    They come from the rows of ``engines.json`` that ask for nothing but the architecture and the format.
 
     Args:
         model_type: of config.json.
         experts: whether experts of a mixture are quantized.
+        form: ``pack-quantized`` or ``int-quantized``.
     """
     table = knowledge()
-    facts = {"model_type": model_type, "experts": experts}
+    facts = {"model_type": model_type, "experts": experts, "format": form}
     rows = [
         row
         for row in table["rows"]

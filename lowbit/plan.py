@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .experts import Experts
+from .facts import HELD_DENSE
 from .report import SkippedWeight
 from .spec import QuantSpec
 from .walk import Block
@@ -154,6 +155,8 @@ def _reason(
         return "not the weight of its nn.Linear"
     if _is_in_router(path, modules, experts):
         return "router of a mixture of experts, kept in the model's dtype"
+    if HELD_DENSE.search(path):
+        return "vLLM and SGLang have it in the model's dtype, whatever the checkpoint says"
     if others:
         return f"shared with {', '.join(others)}"
     if isinstance(parent, _READ_THEIR_CHILDREN):

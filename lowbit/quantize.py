@@ -31,6 +31,7 @@ from .limits import engine_limits
 from .linear import Int8Linear, QuantLinear
 from .linearize import plan_linearized
 from .modes import check_weights_can_change, own_modes
+from .pack_config import FORMAT, INT_FORMAT
 from .plan import Plan
 from .reads import check_readers
 from .report import QuantReport
@@ -267,7 +268,8 @@ def _quantize_folder(request: _Request, where: torch.device, ranks: Ranks, verbo
     if tokens is None:
         report.notes += check_readers(model, plan.targets)
     report.coverage, report.skipped = plan.coverage, list(plan.skipped)
-    report.notes += engine_limits(_model_type(model), any(".experts." in name for name in plan.targets))
+    form = FORMAT if request.spec.activations is None else INT_FORMAT
+    report.notes += engine_limits(_model_type(model), any(".experts." in name for name in plan.targets), form)
     if ranks.count > 1:
         ranks.agree(_facts(model, tokens, report))
         report.calibration = report.calibration and {**report.calibration, "ranks": ranks.count}

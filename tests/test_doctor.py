@@ -69,7 +69,9 @@ def all_facts(sizes: Mapping[str, int]) -> Iterator[dict[str, Any]]:
                         yield {**facts, **ORDINARY, **changes}
 
 
-ORDINARY = {"auto_round": False, "unlisted": False, "unlisted_router": False, "model_type": "llama"}
+ORDINARY = {
+    "auto_round": False, "packed_held_dense": False, "unlisted": False, "unlisted_router": False, "model_type": "llama",
+}  # fmt: skip
 
 
 def special(form: str, facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -78,7 +80,8 @@ def special(form: str, facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"unlisted": True}
         yield {"unlisted_router": True, "model_type": "qwen3_moe"}
     if form != "dense":
-        yield {"model_type": "stablelm"}
+        yield {"packed_held_dense": True}
+        yield from ({"model_type": name} for name in ("stablelm", "olmo", "jamba", "glm5_next"))
     if form != "dense" and facts["experts"]:
         yield {"model_type": "gpt_oss"}
     if form in ("gptq", "gptq-v2", "awq") and not (facts["act_order"] or facts["mixed"]):
@@ -119,7 +122,7 @@ def test_a_row_is_well_formed_and_needed(id_: str) -> None:
         for one in value if isinstance(value, list) else [value]:
             if key.endswith("_multiple_of"):
                 assert key.removesuffix("_multiple_of") in SIZES and type(one) is int and one > 1
-            elif key in ("auto_round", "unlisted", "unlisted_router"):
+            elif key in ("auto_round", "packed_held_dense", "unlisted", "unlisted_router"):
                 assert one is True
             elif key == "model_type":
                 assert isinstance(one, str)
@@ -161,8 +164,15 @@ def parsed(command: str) -> tuple[str, dict[str, Any]]:
 def after(facts: Mapping[str, Any], command: str) -> dict[str, Any]:
     """The facts of what the command writes, were it run on a checkpoint of these facts."""
     name, options = parsed(command)
-    facts = {**facts, **ORDINARY, "model_type": facts["model_type"]}
-    anew = {**facts, "act_order": False, "activations": "none", "fused_differ": False, "mixed": False}
+    facts = {**facts, **ORDINARY, **{name: facts[name] for name in ("model_type", "packed_held_dense")}}
+    anew = {
+        **facts,
+        "packed_held_dense": False,
+        "act_order": False,
+        "activations": "none",
+        "fused_differ": False,
+        "mixed": False,
+    }
     if name == "convert":
         to, dtype = options["to"], options["dtype"]
         if to == "dense":
