@@ -149,6 +149,10 @@ def arithmetic(instruction: Instruction, operand: Callable[[Any, int], str]) -> 
     def of(i: int, kind: str = kind) -> str:
         return operand(sources[i], _bits(kind))
 
+    if name in ("min", "max") and len(sources) == 3 and kind == "f32":  # sm_100 and later
+        return f"np.f{name}(np.f{name}({of(0)}.view(f32), {of(1)}.view(f32)), {of(2)}.view(f32)).view(u32)"
+    if name in _BINARY.keys() | {"min", "max"} and len(sources) != 2:
+        return None
     if name == "cvt":
         return _conversion(op, operand, sources)
     if name == "setp":
@@ -163,8 +167,8 @@ def arithmetic(instruction: Instruction, operand: Callable[[Any, int], str]) -> 
         return _bitwise(name, op, of, operand, sources)
     if kind in _INTEGERS or kind == "pred":
         return _integer(name, op, kind, of, operand, sources)
-    if op in (("add", "rn", "f32", "bf16"), ("add", "f32", "bf16")):
-        return f"(widen16({of(0)}, 'bf16').astype(f32) + {operand(sources[1], 32)}.view(f32)).view(u32)"
+    if op[-2:-1] == ("f32",):
+        return _mixed(op, of, operand, sources)
     return _floating(name, kind, of)
 
 
@@ -252,6 +256,17 @@ def _floating(name: str, kind: str, of: Callable[..., str]) -> str | None:
     if name in ("abs", "neg"):
         return f"({of(0)} & u32(0x7FFFFFFF))" if name == "abs" else f"({of(0)} ^ u32(0x80000000))"
     return None
+
+
+def _mixed(op: tuple[str, ...], of: Callable[..., str], operand: Callable[[Any, int], str], sources: Any) -> str | None:
+    """Of a 16-bit number, for ``fma`` two, and one in float32: 9.7.5, "Mixed Precision Floating Point Instructions"."""
+    name, kind = op[0], op[-1]
+    if name not in ("add", "sub", "fma") or op[1:-2] not in ((), ("rn",)) or kind not in ("f16", "bf16"):
+        return None
+    a, c = f"widen16({of(0)}, {kind!r}).astype(f32)", f"{operand(sources[-1], 32)}.view(f32)"
+    if name == "fma":
+        return f"({a}.astype(f64) * widen16({of(1)}, {kind!r}) + {c}).astype(f32).view(u32)"
+    return f"({a} {_BINARY[name]} {c}).view(u32)"
 
 
 def _comparison(op: tuple[str, ...], of: Callable[..., str]) -> str | None:

@@ -1,6 +1,7 @@
 """The emulator of test_kernels_emulated.py: arithmetic as the PTX ISA defines it, and faults that it must see."""
 
 import contextlib
+import math
 import random
 import re
 import struct
@@ -198,11 +199,33 @@ def test_single_bfloat16_numbers(code, exact):
     assert run_snippet(code, *words) == expected.view(torch.int16).numpy().view(np.uint16).tolist()
 
 
-def test_a_bfloat16_number_is_added_to_a_float32():
-    numbers = torch.randn(32, generator=torch.Generator().manual_seed(3)).bfloat16()
-    words = numbers.view(torch.int16).numpy().view(np.uint16)
-    got = run_snippet("add.rn.f32.bf16 %r3, %rs0, %r1; cvt.u64.u32 %rd8, %r3;", words, [bits(0.7)])
-    assert got == (numbers.float() + 0.7).view(torch.int32).numpy().view(np.uint32).tolist()
+@pytest.mark.parametrize(("kind", "dtype"), [("f16", torch.float16), ("bf16", torch.bfloat16)])
+def test_halves_meet_a_float32_without_being_rounded(kind, dtype):
+    """sm_100 and later; Triton 3.9 writes differences so."""
+    numbers = torch.randn(2, 32, generator=torch.Generator().manual_seed(3)).to(dtype)
+    words, (a, b) = numbers.view(torch.int16).numpy().view(np.uint16), numbers.double()
+    c, last = float(np.float32(0.7)), "%r3, %rs0, %r2; cvt.u64.u32 %rd8, %r3;"
+    for code, exact in (
+        (f"add.rn.f32.{kind} {last}", a + c),
+        (f"sub.rn.f32.{kind} {last}", a - c),
+        (f"fma.rn.f32.{kind} {last.replace('%rs0', '%rs0, %rs1')}", a * b + c),
+    ):
+        got = run_snippet(code, *words, [bits(0.7)])
+        assert got == exact.float().view(torch.int32).numpy().view(np.uint32).tolist(), code
+    with pytest.raises(ValueError, match="is not known"):
+        run_snippet(f"mul.rn.f32.{kind} {last}", *words, [bits(0.7)])
+
+
+def test_the_extreme_of_three():
+    """sm_100 and later. A NaN loses against numbers."""
+    words = [
+        [bits(x) for x in row] for row in ((1.0, 5.0, -2.0, math.nan), (3.0, 4.0, -1.0, 2.0), (2.0, 9.0, -3.0, 1.0))
+    ]
+    for name, expected in (("max", (3.0, 9.0, -1.0, 2.0)), ("min", (1.0, 4.0, -3.0, 1.0))):
+        got = run_snippet(f"{name}.f32 %r3, %r0, %r1, %r2; cvt.u64.u32 %rd8, %r3;", *words)
+        assert got[:4] == [bits(x) for x in expected]
+    with pytest.raises(ValueError, match="is not known"):
+        run_snippet("add.f32 %r3, %r0, %r1, %r2; cvt.u64.u32 %rd8, %r3;", *words)
 
 
 def test_division_that_flushes_knows_no_subnormal_numbers():
