@@ -41,6 +41,8 @@ MODELS = {  # all but the depth and the experts as transformers has them
 @pytest.mark.parametrize("name", MODELS)
 def test_they_stay_dense_with_the_reason_and_all_others_are_packed(name: str) -> None:
     config, pattern = MODELS[name]
+    if name not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config())
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n}
