@@ -3,6 +3,7 @@
 import threading
 from pathlib import Path
 
+import torch
 from transformers.utils import logging as hf_logging
 
 import lowbit
@@ -29,3 +30,4 @@ def test_threads_that_load_at_once_all_get_their_model() -> None:
             thread.join()
     assert not failed
     assert (hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()) == (verbosity, bars)
+    assert torch.get_default_dtype() == torch.float32

@@ -1,5 +1,6 @@
 """Whatever modes and defaults of torch a caller works in, the same bytes are written and the same numbers computed."""
 
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import lowbit
 from helpers import random_quantized
 from lowbit import QuantLinear, QuantSpec
+from lowbit.modes import own_modes
 from tiny_models import random_tokens, tiny_folder, tiny_model
 
 
@@ -121,3 +123,27 @@ def test_weights_made_in_inference_mode():
         assert torch.equal(model(tokens).logits, before)
         report = lowbit.quantize_(model, spec)
     assert len(report.layers) == 14 and isinstance(model.model.layers[0].mlp.up_proj, QuantLinear)
+
+
+@pytest.mark.parametrize("callers", [torch.float32, torch.float64], ids=str)
+def test_threads_do_not_take_each_others_default_dtype_for_the_callers(callers):
+    """As two that load at once: transformers has the model's dtype as the default while it makes one."""
+    entered, left = threading.Event(), threading.Event()
+    found = []
+
+    def second():
+        with own_modes():
+            entered.set()
+            assert left.wait(60)
+        found.append(torch.get_default_dtype())
+
+    with default_dtype(callers):
+        with own_modes():
+            assert torch.get_default_dtype() == torch.float32
+            with default_dtype(torch.bfloat16):
+                thread = threading.Thread(target=second)
+                thread.start()
+                assert entered.wait(60)
+        left.set()
+        thread.join()
+        assert found == [callers] and torch.get_default_dtype() == callers
