@@ -29,6 +29,7 @@ from .formats.compressed import CompressedFormat
 from .formats.gptq import check_gptq, gptq_config, gptq_tensors
 from .manifest import read_manifest
 from .modes import own_modes
+from .pack_config import with_merged
 from .progress import track
 
 __all__ = ["TARGETS", "ConversionReport", "Target", "convert"]
@@ -241,7 +242,7 @@ def _relative_change(name: str, scales: Tensor, stored: Tensor) -> float:
 
 def _section(checkpoint: Checkpoint, to: str) -> dict[str, Any] | None:
     """The output's ``quantization_config``."""
-    linears, dense = checkpoint.linears, checkpoint.dense_linears()
+    linears, dense = checkpoint.linears, with_merged(checkpoint.dense_linears())
     if to == "dense":
         return None
     if to == "compressed-tensors":

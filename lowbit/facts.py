@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from .headers import Header, check_experts, read_config, read_headers
 from .pack_config import FORMAT, INT_FORMAT, PackedFormat
 from .spec import QuantSpec
 
-__all__ = ["HELD_DENSE", "Checkup", "Kind", "check_up"]
+__all__ = ["HELD_DENSE", "Checkup", "Kind", "check_up", "of_latent_attention"]
 
 HELD_DENSE = re.compile(
     r"(^|\.)(indexer\.(wk|(scorer\.)?weights_proj)"  # sparse attention: DeepSeek-V3.2 and V4, GLM-5, Hunyuan V4, dots3
@@ -30,6 +30,7 @@ HELD_DENSE = re.compile(
 says (``quant_config=None`` in vLLM's ``Indexer``, ``DeepseekCompressor`` and ``GatedResidual``). Most are small, and
 decide which tokens are attended to."""
 
+_LATENT = re.compile(r"(^|\.)(q_a_proj|kv_a_proj_with_mqa|kv_b_proj)$")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 # Engines make one matrix of these, so they need one scheme.
 _LINEAR = re.compile(r"(^|\.)(\w+_proj|wq|wk|wv|wo|w1|w2|w3)$")
@@ -83,6 +84,7 @@ class Checkup:
         kinds: of quantized layers, the one with most weights first; one dense kind for a model that is not quantized.
         fused_differ: layers that engines fuse (q, k, v; gate, up) have different specs.
         packed_held_dense: linears that are packed although engines have them dense: :data:`HELD_DENSE`.
+        packed_latent: linears that are packed although SGLang wants them dense: :func:`of_latent_attention`.
         unlisted, unlisted_routers: linears, and routers, which some engines make linears of, that are dense although
             the configuration says that all linears are packed but those it lists (compressed-tensors' ``ignore``).
         own_code: config.json names Python code of the model's own.
@@ -98,6 +100,7 @@ class Checkup:
     kinds: tuple[Kind, ...]
     fused_differ: bool
     packed_held_dense: tuple[str, ...]
+    packed_latent: tuple[str, ...]
     unlisted: tuple[str, ...]
     unlisted_routers: tuple[str, ...]
     own_code: bool
@@ -119,6 +122,7 @@ class Checkup:
             "mixed": len({(other.format, other.spec) for other in self.kinds}) > 1,
             "fused_differ": self.fused_differ,
             "packed_held_dense": bool(self.packed_held_dense),
+            "packed_latent": bool(self.packed_latent),
             "unlisted": bool(self.unlisted),
             "unlisted_router": bool(self.unlisted_routers),
             "model_type": self.model_type,
@@ -137,6 +141,27 @@ class _Layer:
     act_order: bool
     n: int
     k: int
+
+
+def of_latent_attention(name: str, linears: Container[str], mixture: bool) -> bool:
+    """Whether SGLang opens a model with this linear dense only.
+
+    Latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1) multiplies by halves of ``kv_b_proj``, which SGLang
+    0.5.23 takes from ``kv_b_proj.weight``. In mixtures of experts it also makes one linear of ``q_a_proj`` and
+    ``kv_a_proj_with_mqa``, and of their ``weight_shape`` four numbers where it has room for two. They
+    are 0.3 % of DeepSeek-V3; of dense models (MiniCPM3) the last two are more, and not merged.
+
+    Args:
+        name: of the linear.
+        linears: names of all linears, dense and packed.
+        mixture: whether the model has experts.
+    """
+    if not _LATENT.search(name):
+        return False
+    attention, _, last = name.rpartition(".")
+    if f"{attention}.kv_b_proj" not in linears or f"{attention}.kv_a_proj_with_mqa" not in linears:
+        return False
+    return last == "kv_b_proj" or (mixture and f"{attention}.q_a_proj" in linears)
 
 
 def check_up(folder: Path, headers: Mapping[str, Header] | None = None, name: str = "") -> Checkup:
@@ -159,6 +184,8 @@ def check_up(folder: Path, headers: Mapping[str, Header] | None = None, name: st
     layers = {} if settings is None else _layers(folder, settings, headers)
     matrices = (name for name, header in headers.items() if name.endswith(".weight") and len(header.shape) == 2)
     dense = dict.fromkeys(name.removesuffix(".weight") for name in matrices)
+    linears = {*dense, *layers}
+    mixture = any(map(_EXPERT.search, linears))
     text = config.get("text_config")
     described: Mapping[str, Any] = {**(text if isinstance(text, Mapping) else {}), **config}
     hidden = described.get("hidden_size")
@@ -173,6 +200,7 @@ def check_up(folder: Path, headers: Mapping[str, Header] | None = None, name: st
         kinds=_kinds(layers) if layers else (_dense_kind(headers),),
         fused_differ=_fused_differ({**dense, **{name: layer.spec for name, layer in layers.items()}}),
         packed_held_dense=tuple(name for name in layers if HELD_DENSE.search(name)),
+        packed_latent=tuple(name for name in layers if of_latent_attention(name, linears, mixture)),
         unlisted=_unlisted(settings, dense.keys() - layers, _LINEAR),
         unlisted_routers=_unlisted(settings, dense.keys() - layers, _ROUTER),
         own_code=bool(config.get("auto_map")),

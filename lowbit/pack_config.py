@@ -7,7 +7,7 @@ What each field says about the tensors is in ``pack_quantized.py``. Source: comp
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,7 @@ __all__ = [
     "as_mapping",
     "parse_quantization_config",
     "quantization_config",
+    "with_merged",
 ]
 
 QUANT_METHOD = "compressed-tensors"
@@ -47,7 +48,7 @@ def quantization_config(specs: Mapping[str, QuantSpec], ignore: Sequence[str]) -
 
     Args:
         specs: checkpoint name of every packed layer -> its spec.
-        ignore: checkpoint names of the linears left dense (``lm_head`` among them).
+        ignore: checkpoint names of the linears left dense (``lm_head`` among them); :func:`with_merged` is written.
 
     Raises:
         ValueError: no layer, a width that has no file format, or a layer both packed and ignored.
@@ -81,8 +82,20 @@ def quantization_config(specs: Mapping[str, QuantSpec], ignore: Sequence[str]) -
         "quantization_status": "compressed",
         "version": _FORMAT_VERSION,
         "config_groups": config_groups,
-        "ignore": list(ignore),
+        "ignore": with_merged(ignore),
     }
+
+
+def with_merged(dense: Iterable[str]) -> list[str]:
+    """The names of dense linears, and those of what SGLang merges two of them into.
+
+    SGLang 0.5.23 knows what ``fused_qkv_a_proj_with_mqa`` is made of in DeepSeek's classes; in ``glm4_moe_lite.py`` it
+    asks the list for that name, and would leave what is not found there uninitialised.
+    """
+    names = list(dense)
+    known = set(names)
+    latent = (name.removesuffix("q_a_proj") for name in names if name.endswith(".q_a_proj"))
+    return names + [f"{at}fused_qkv_a_proj_with_mqa" for at in latent if f"{at}kv_a_proj_with_mqa" in known]
 
 
 def _weights_entry(spec: QuantSpec) -> dict[str, Any]:

@@ -17,7 +17,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+MERGED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
 EXPERTS = (
     {"w13": ("gate_proj", "up_proj"), "w2": ("down_proj",)},
     {"w13": ("w1", "w3"), "w2": ("w2",)},  # Mixtral

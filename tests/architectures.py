@@ -64,21 +64,22 @@ def _common(name: str, **fields: Any) -> Callable[[], Any]:
     return lambda: _config(name, **{**_COMMON, **fields})
 
 
-def _deepseek() -> Any:
-    return _config(
-        "deepseek_v3:DeepseekV3Config",
-        **{**_GATED, "num_key_value_heads": 4},
-        moe_intermediate_size=64,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=2,
-        topk_group=1,
-        first_k_dense_replace=1,
-        q_lora_rank=64,
-        kv_lora_rank=64,
-        qk_rope_head_dim=16,
-        qk_nope_head_dim=16,
-        v_head_dim=16,
+def _latent(name: str, **fields: Any) -> Callable[[], Any]:
+    """DeepSeek's attention, with what SGLang asks of the configurations on the hub besides what transformers does."""
+    heads = {"num_key_value_heads": 4, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    scaling = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0}
+    scaling |= {"mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 64, "attention_factor": 1.0}
+    experts = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1}
+    return lambda: _config(
+        name,
+        **{**_GATED, **heads, **experts, **fields},
+        moe_intermediate_size=_GATED["intermediate_size"],
+        q_lora_rank=_COMMON["hidden_size"] // 2,
+        kv_lora_rank=_COMMON["hidden_size"] // 2,
+        rope_parameters=scaling,
+        moe_layer_freq=1,
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
     )
 
 
@@ -141,7 +142,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         experts=True,
     ),
     "olmoe": Architecture("OLMoE", _gated("olmoe:OlmoeConfig", num_experts=4, num_experts_per_tok=2), experts=True),
-    "deepseek_v3": Architecture("DeepSeek-V3", _deepseek, experts=True),
+    "deepseek_v3": Architecture(
+        "DeepSeek-V3", _latent("deepseek_v3:DeepseekV3Config", n_group=2, topk_group=1), experts=True
+    ),
+    "glm4_moe_lite": Architecture(
+        "GLM-4.7-Flash", _latent("glm4_moe_lite:Glm4MoeLiteConfig", n_group=1, topk_group=1), experts=True
+    ),
     "gpt_oss": Architecture(
         "gpt-oss",
         _gated("gpt_oss:GptOssConfig", head_dim=16, num_local_experts=4, num_experts_per_tok=2, **_SLIDING),

@@ -26,8 +26,10 @@ def test_it_survives_the_whole_way(name, method, tmp_path):
     assert outcome.error < CLOSE
     assert outcome.resaved
     assert outcome.generated == (4 if ARCHITECTURES[name].generates else 0)
-    assert outcome.coverage >= 0.99
-    for left in outcome.left:
+    latent = [left for left in outcome.left if "latent attention" in left]
+    assert len(latent) == (2 * 3 if name in ("deepseek_v3", "glm4_moe_lite") else 0)
+    assert outcome.coverage >= (0.9 if latent else 0.99)
+    for left in set(outcome.left) - set(latent):
         assert "router" in left.lower() or "embedding" in left, "only routers and tables stay dense inside the blocks"
 
 
@@ -36,7 +38,7 @@ NAMES_ON_DISK = {
     "mixtral": ("model.layers.1.block_sparse_moe.experts.3.w1.weight_packed", (128, 8)),
     "phimoe": ("model.layers.1.block_sparse_moe.experts.3.w2.weight_packed", (64, 16)),
     "qwen3_moe": ("model.layers.1.mlp.experts.3.gate_proj.weight_packed", (64, 8)),
-    "deepseek_v3": ("model.layers.1.mlp.experts.3.down_proj.weight_packed", (64, 8)),
+    "deepseek_v3": ("model.layers.1.mlp.experts.3.down_proj.weight_packed", (64, 16)),
     "gpt_oss": ("model.layers.1.mlp.experts.3.up_proj.weight_packed", (128, 8)),
 }
 

@@ -70,7 +70,8 @@ def all_facts(sizes: Mapping[str, int]) -> Iterator[dict[str, Any]]:
 
 
 ORDINARY = {
-    "auto_round": False, "packed_held_dense": False, "unlisted": False, "unlisted_router": False, "model_type": "llama",
+    "auto_round": False, "packed_held_dense": False, "packed_latent": False, "unlisted": False,
+    "unlisted_router": False, "model_type": "llama",
 }  # fmt: skip
 
 
@@ -81,6 +82,7 @@ def special(form: str, facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"unlisted_router": True, "model_type": "qwen3_moe"}
     if form != "dense":
         yield {"packed_held_dense": True}
+        yield {"packed_latent": True}
         yield from ({"model_type": name} for name in ("stablelm", "olmo", "jamba", "glm5_next"))
     if form != "dense" and facts["experts"]:
         yield {"model_type": "gpt_oss"}
@@ -122,7 +124,7 @@ def test_a_row_is_well_formed_and_needed(id_: str) -> None:
         for one in value if isinstance(value, list) else [value]:
             if key.endswith("_multiple_of"):
                 assert key.removesuffix("_multiple_of") in SIZES and type(one) is int and one > 1
-            elif key in ("auto_round", "packed_held_dense", "unlisted", "unlisted_router"):
+            elif key in ("auto_round", "packed_held_dense", "packed_latent", "unlisted", "unlisted_router"):
                 assert one is True
             elif key == "model_type":
                 assert isinstance(one, str)
@@ -164,10 +166,12 @@ def parsed(command: str) -> tuple[str, dict[str, Any]]:
 def after(facts: Mapping[str, Any], command: str) -> dict[str, Any]:
     """The facts of what the command writes, were it run on a checkpoint of these facts."""
     name, options = parsed(command)
-    facts = {**facts, **ORDINARY, **{name: facts[name] for name in ("model_type", "packed_held_dense")}}
+    kept = ("model_type", "packed_held_dense", "packed_latent")
+    facts = {**facts, **ORDINARY, **{name: facts[name] for name in kept}}
     anew = {
         **facts,
         "packed_held_dense": False,
+        "packed_latent": False,
         "act_order": False,
         "activations": "none",
         "fused_differ": False,

@@ -11,13 +11,14 @@ import torch
 import transformers
 from torch import nn
 
-from lowbit import QuantSpec, load, quantize
+from lowbit import QuantSpec, convert, load, quantize
 from lowbit.checkpoint import read_checkpoint
 from lowbit.doctor import diagnose
-from lowbit.facts import HELD_DENSE, check_up
+from lowbit.facts import HELD_DENSE, check_up, of_latent_attention
 from lowbit.limits import engine_limits
 from lowbit.linearize import plan_linearized
-from packed_folder import edit_config, random_layer, write_tiny
+from lowbit.pack_config import quantization_config
+from packed_folder import edit_config, edit_tensors, random_layer, write_tiny
 from test_odd_architectures import _DSA
 from tiny_models import BOOKS_4M
 
@@ -113,3 +114,93 @@ def test_architectures_that_an_engine_never_opens_packed_are_announced(model_typ
 )
 def test_other_names_are_packed(name: str) -> None:
     assert not HELD_DENSE.search(f"model.layers.0.{name}")
+
+
+# --- latent attention -------------------------------------------------------------------------------------------------
+
+FUSED = "fused_qkv_a_proj_with_mqa"
+TO_LATENT = {"q_a_proj", "kv_a_proj_with_mqa"}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "expected"),
+    [
+        ("DeepseekV3Config", {}, {*TO_LATENT, "kv_b_proj"}),
+        ("Glm4MoeLiteConfig", {}, {*TO_LATENT, "kv_b_proj"}),
+        (
+            "DeepseekV2Config",
+            {"q_lora_rank": None, "moe_intermediate_size": 1408},
+            {"kv_b_proj"},
+        ),  # V2-Lite: nothing to merge kv_a_proj with
+        ("MiniCPM3Config", {}, {"kv_b_proj"}),  # no mixture
+    ],
+)
+def test_of_latent_attention_stays_dense_what_sglang_opens_no_other_way(name, fields, expected) -> None:
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    config = getattr(transformers, name)(**{**FEW, "n_routed_experts": 64, **fields})
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    plan = plan_linearized(model, QuantSpec(4, 32), (), in_blocks=True, allow_partial=False)
+    skipped = [weight.name.split(".")[-2] for weight in plan.skipped if weight.reason.startswith("latent attention")]
+    assert sorted(skipped) == sorted([*expected] * FEW["num_hidden_layers"])
+    packed = {target.rpartition(".")[2] for target in plan.targets}
+    assert packed >= {"o_proj", *TO_LATENT & {n.rpartition(".")[2] for n, _ in model.named_modules()} - expected}
+
+
+def latent_folder(folder: Path, dense: set[str], expert: bool = True) -> Path:
+    """One attention and an expert; q_a, kv_a and kv_b are packed but those of ``dense``."""
+    layer = random_layer(128, 128, QuantSpec(4, 32, True))
+    attention = {f"model.layers.0.self_attn.{name}" for name in {*TO_LATENT, "kv_b_proj", "o_proj"} - dense}
+    experts = {"model.layers.0.mlp.experts.0.up_proj"} if expert else set()
+    write_tiny(folder, dict.fromkeys(sorted(attention | experts), layer))
+    matrices = {f"model.layers.0.self_attn.{name}.weight": torch.ones(128, 128) for name in dense}
+    edit_tensors(folder, lambda tensors: tensors.update(matrices))
+    names = [name.removesuffix(".weight") for name in matrices]
+    edit_config(folder, lambda config: config["quantization_config"]["ignore"].extend(names))
+    return folder
+
+
+@pytest.mark.parametrize("dense", [set(), TO_LATENT, {"kv_b_proj"}], ids=["all packed", "kv_b packed", "a packed"])
+def test_a_folder_that_packs_it_is_known(tmp_path: Path, dense: set[str]) -> None:
+    """As lowbit wrote it; SGLang asks kv_b_proj for its weight, and cannot merge two weight_shape."""
+    folder = latent_folder(tmp_path / "in", dense)
+    assert {name.rpartition(".")[2] for name in check_up(folder).packed_latent} == {*TO_LATENT, "kv_b_proj"} - dense
+    found = {answer.engine: answer for answer in diagnose(folder).answers if answer.device == "sm_90"}
+    assert (found["sglang"].verdict, found["sglang"].rows) == ("refused", ("sglang-latent",))
+    assert found["sglang"].fixes[0].endswith("--to awq"), "SGLang unpacks those of AWQ"
+    assert found["vllm"].verdict == "packed"
+
+
+def test_dense_models_may_pack_what_is_not_merged_there(tmp_path: Path) -> None:
+    assert check_up(latent_folder(tmp_path / "in", {"kv_b_proj"}, expert=False)).packed_latent == ()
+
+
+def test_the_list_of_dense_linears_has_what_sglang_merges_them_into(tmp_path: Path) -> None:
+    """In glm4_moe_lite.py it looks for that name alone. Everything that writes such a list."""
+    folder, merged = tmp_path / "in", f"model.layers.0.self_attn.{FUSED}"
+    latent_folder(folder, {*TO_LATENT, "kv_b_proj"})
+    assert check_up(folder).packed_latent == ()
+    for to in ("compressed-tensors", "gptq", "awq"):
+        convert(folder, tmp_path / to, to, dtype="float16", verbose=False)
+    configs = {
+        to: read_checkpoint(tmp_path / to).config["quantization_config"] for to in ("compressed-tensors", "gptq", "awq")
+    }
+    assert merged in configs["compressed-tensors"]["ignore"] and merged in configs["awq"]["modules_to_not_convert"]
+    assert f"-:^{re.escape(merged)}$" in configs["gptq"]["dynamic"]
+
+    apart = ["b.q_a_proj", "c.kv_a_proj_with_mqa", "lm_head"]
+    assert quantization_config({"a": QuantSpec(4, 32)}, apart)["ignore"] == apart
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("a.kv_b_proj", {"a.kv_b_proj"}),  # of something else: latent attention has a projection into the latents
+        ("a.q_a_proj", {"a.q_a_proj", "a.kv_proj"}),  # DeepSeek-V4
+        ("a.q_b_proj", {"a.q_a_proj", "a.q_b_proj", "a.kv_a_proj_with_mqa", "a.kv_b_proj"}),
+        ("a.kv_b_projection", {"a.kv_b_projection", "a.kv_a_proj_with_mqa", "a.kv_b_proj"}),
+    ],
+)
+def test_what_is_no_latent_attention(name: str, others: set[str]) -> None:
+    assert not of_latent_attention(name, others, True)

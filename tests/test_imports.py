@@ -78,7 +78,8 @@ ALLOWED = {
     "lowbit.limits": ".doctor .pack_config",
     "lowbit.hub_headers": "huggingface_hub .headers",
     "lowbit.expand": "torch .affine .checkpoint",
-    "lowbit.convert": "torch .checkpoint .companions .dtypes .expand .formats .hf .manifest .modes .progress",
+    "lowbit.convert": "torch .checkpoint .companions .dtypes .expand .formats .hf .manifest .modes .pack_config "
+    ".progress",
     "lowbit.data": "torch datasets",
     "lowbit.windows": "torch .data",
     "lowbit.progress": "rich",

@@ -21,14 +21,17 @@ SPEC.loader.exec_module(sglang_tensors)
 
 FAULTS = ("different", "unfilled", "skipped", "not_given")
 ATTENTION, EXPERTS = "model.layers.0.self_attn", "model.layers.0.mlp.experts"
+LATENT, MERGED = "model.layers.1.self_attn", ("q_a_proj", "kv_a_proj_with_mqa")
 
 
 def checkpoint() -> dict[str, Tensor]:
-    """One layer of a packed MoE as lowbit writes it: grouped-query attention, two experts, and a norm."""
+    """One layer of a packed MoE as lowbit writes it: grouped-query attention, two experts, a norm, and in another layer
+    the dense projections of latent attention."""
     draw = torch.Generator().manual_seed(0)
     sizes = {f"{ATTENTION}.{name}": n for name, n in (("q_proj", 64), ("k_proj", 32), ("v_proj", 32), ("o_proj", 64))}
     sizes |= {f"{EXPERTS}.{i}.{name}": 64 for i in (0, 1) for name in ("gate_proj", "up_proj", "down_proj")}
     tensors = {"model.norm.weight": torch.randn(64, generator=draw).bfloat16()}
+    tensors |= {f"{LATENT}.{part}.weight": torch.randn(32, 64, generator=draw).bfloat16() for part in MERGED}
     for name, n in sizes.items():
         tensors[f"{name}.weight_packed"] = torch.randint(-(2**31), 2**31, (n, 8), generator=draw, dtype=torch.int32)
         tensors[f"{name}.weight_scale"] = torch.rand(n, 2, generator=draw).bfloat16()
@@ -39,6 +42,7 @@ def checkpoint() -> dict[str, Tensor]:
 def parameters(of: dict[str, Tensor]) -> dict[str, Tensor]:
     """What SGLang makes of it: q, k, v one below the other; experts stacked, gate before up, inputs first."""
     filled = {"model.norm.weight": of["model.norm.weight"].half()}
+    filled[f"{LATENT}.fused_qkv_a_proj_with_mqa.weight"] = torch.cat([of[f"{LATENT}.{part}.weight"] for part in MERGED])
     for kind in ("weight_packed", "weight_scale", "weight_shape"):
         q, k, v = (of[f"{ATTENTION}.{part}_proj.{kind}"] for part in "qkv")
         filled[f"{ATTENTION}.qkv_proj.{kind}"] = v if kind == "weight_shape" else torch.cat([q, k, v])
@@ -67,7 +71,7 @@ def test_merged_parameters_that_hold_the_checkpoint(tmp_path: Path) -> None:
     tensors = checkpoint()
     found = compared(tmp_path, tensors, parameters(tensors), list(tensors))
     assert {fault: found[fault] for fault in FAULTS} == {fault: [] for fault in FAULTS}
-    assert (found["tensors"], found["parameters"]) == (len(tensors), 13) == (31, 13)
+    assert (found["tensors"], found["parameters"]) == (len(tensors), 14) == (33, 14)
 
 
 @pytest.mark.parametrize("name", [f"{ATTENTION}.qkv_proj.weight_packed", f"{EXPERTS}.w13_weight_scale"])
