@@ -69,11 +69,11 @@ def _latent(name: str, **fields: Any) -> Callable[[], Any]:
     heads = {"num_key_value_heads": 4, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
     scaling = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0}
     scaling |= {"mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 64, "attention_factor": 1.0}
-    experts = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1}
     return lambda: _config(
         name,
         **{**_GATED, **heads, **experts, **fields},
-        moe_intermediate_size=_GATED["intermediate_size"],
+        moe_intermediate_size=2 * _GATED["intermediate_size"],
         q_lora_rank=_COMMON["hidden_size"] // 2,
         kv_lora_rank=_COMMON["hidden_size"] // 2,
         rope_parameters=scaling,

