@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .experts import Experts
-from .facts import HELD_DENSE, of_latent_attention
+from .facts import HELD_DENSE, NARROW_GATES, of_latent_attention
 from .report import SkippedWeight
 from .spec import QuantSpec
 from .walk import Block
@@ -157,6 +157,8 @@ def _reason(
         return "router of a mixture of experts, kept in the model's dtype"
     if HELD_DENSE.search(path):
         return "vLLM and SGLang have it in the model's dtype, whatever the checkpoint says"
+    if NARROW_GATES.search(path):
+        return "gate of linear attention, kept in the model's dtype: too few outputs for engines' kernels"
     if of_latent_attention(path, modules, bool(experts)):
         return "latent attention, kept in the model's dtype: SGLang has no other way"
     if others:

@@ -83,9 +83,11 @@ def special(form: str, facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     if form != "dense":
         yield {"packed_held_dense": True}
         yield {"packed_latent": True}
-        yield from ({"model_type": name} for name in ("stablelm", "olmo", "jamba", "glm5_next"))
+        yield from (
+            {"model_type": name} for name in ("stablelm", "olmo", "jamba", "glm5_next", "gpt_bigcode", "qwen3_next")
+        )
     if form != "dense" and facts["experts"]:
-        yield {"model_type": "gpt_oss"}
+        yield from ({"model_type": name} for name in ("gpt_oss", "afmoe"))
     if form in ("gptq", "gptq-v2", "awq") and not (facts["act_order"] or facts["mixed"]):
         yield {"auto_round": True}
 

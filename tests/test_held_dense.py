@@ -102,7 +102,14 @@ def test_a_folder_that_packs_them_is_known(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("model_type", "engine"),
-    [("jamba", "vLLM"), ("falcon_mamba", "vLLM"), ("glm5_next", "vLLM"), ("olmo", "SGLang"), ("stablelm", "SGLang")],
+    [
+        ("jamba", "vLLM"),
+        ("falcon_mamba", "vLLM"),
+        ("glm5_next", "vLLM"),
+        ("olmo", "SGLang"),
+        ("stablelm", "SGLang"),
+        ("seed_oss", "SGLang"),
+    ],
 )
 def test_architectures_that_an_engine_never_opens_packed_are_announced(model_type: str, engine: str) -> None:
     (note,) = engine_limits(model_type, experts=False)
@@ -114,6 +121,30 @@ def test_architectures_that_an_engine_never_opens_packed_are_announced(model_typ
 )
 def test_other_names_are_packed(name: str) -> None:
     assert not HELD_DENSE.search(f"model.layers.0.{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("qwen3_5_text", r"\.linear_attn\.in_proj_[ab]$"),
+        ("qwen3_next", r"\.linear_attn\.in_proj_ba$"),
+        ("olmo_hybrid", r"\.linear_attn\.[ab]_proj$"),
+    ],
+)
+def test_gates_of_linear_attention_stay_dense(name: str, pattern: str) -> None:
+    """They have an output per head, and SGLang's kernel wants 64 of them."""
+    if name not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    config = transformers.CONFIG_MAPPING[name](num_hidden_layers=4, vocab_size=4096, pad_token_id=0, eos_token_id=1)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n}
+    gates = {n for n in linears if re.search(pattern, n)}
+    plan = plan_linearized(model, QuantSpec(4, 128), (), in_blocks=True, allow_partial=False)
+    left = {w.name.removesuffix(".weight") for w in plan.skipped if w.reason.startswith("gate of linear attention")}
+    assert gates and left == gates
+    assert {n for n in linears if "linear_attn" in n} - gates <= set(plan.targets)
+    assert all(linears[n].out_features % 64 == 0 for n in set(plan.targets) & linears.keys())
 
 
 # --- latent attention -------------------------------------------------------------------------------------------------
