@@ -19,7 +19,7 @@ from .headers import Header, check_experts, read_config, read_headers
 from .pack_config import FORMAT, INT_FORMAT, PackedFormat
 from .spec import QuantSpec
 
-__all__ = ["HELD_DENSE", "NARROW_GATES", "Checkup", "Kind", "check_up", "of_latent_attention"]
+__all__ = ["HELD_DENSE", "Checkup", "Kind", "check_up", "of_latent_attention"]
 
 HELD_DENSE = re.compile(
     r"(^|\.)(indexer\.(wk|(scorer\.)?weights_proj)"  # sparse attention: DeepSeek-V3.2 and V4, GLM-5, Hunyuan V4, dots3
@@ -29,11 +29,6 @@ HELD_DENSE = re.compile(
 """Names of linears inside decoder blocks that vLLM 0.33 and SGLang 0.5.23 have in the model's dtype, whatever the file
 says (``quant_config=None`` in vLLM's ``Indexer``, ``DeepseekCompressor`` and ``GatedResidual``). Most are small, and
 decide which tokens are attended to."""
-
-NARROW_GATES = re.compile(r"(^|\.)linear_attn\.(in_proj_(a|b|ba)|[ab]_proj)$")
-"""Decay and strength of linear attention (Qwen3-Next, Qwen3.5, OLMo Hybrid): an output per head, 16 to 64 of them, some
-0.1 % of a model. Kernels of vLLM and SGLang want outputs in multiples of 32 or 64, and SGLang has a fast way for these
-where they are bfloat16 (0.5.23, ``qwen3_5.py``)."""
 
 _LATENT = re.compile(r"(^|\.)(q_a_proj|kv_a_proj_with_mqa|kv_b_proj)$")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -153,8 +148,8 @@ def of_latent_attention(name: str, linears: Container[str], mixture: bool) -> bo
 
     Latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1) multiplies by halves of ``kv_b_proj``, which SGLang
     0.5.23 takes from ``kv_b_proj.weight``. In mixtures of experts it also makes one linear of ``q_a_proj`` and
-    ``kv_a_proj_with_mqa``, and of their ``weight_shape`` four numbers where it has room for two. They
-    are 0.3 % of DeepSeek-V3; of dense models (MiniCPM3) the last two are more, and not merged.
+    ``kv_a_proj_with_mqa``, and of their ``weight_shape`` four numbers where it has room for two. They are 0.3 % of
+    DeepSeek-V3; of dense models (MiniCPM3) the last two are more, and not merged.
 
     Args:
         name: of the linear.
@@ -190,7 +185,7 @@ def check_up(folder: Path, headers: Mapping[str, Header] | None = None, name: st
     matrices = (name for name, header in headers.items() if name.endswith(".weight") and len(header.shape) == 2)
     dense = dict.fromkeys(name.removesuffix(".weight") for name in matrices)
     linears = {*dense, *layers}
-    mixture = any(map(_EXPERT.search, linears))
+    mixture = any(".experts." in name for name in headers)  # merged ones have no number
     text = config.get("text_config")
     described: Mapping[str, Any] = {**(text if isinstance(text, Mapping) else {}), **config}
     hidden = described.get("hidden_size")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .experts import Experts
-from .facts import HELD_DENSE, NARROW_GATES, of_latent_attention
+from .facts import HELD_DENSE, of_latent_attention
 from .report import SkippedWeight
 from .spec import QuantSpec
 from .walk import Block
@@ -25,6 +25,11 @@ _READ_THEIR_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """Modules of torch that hand the weights of their linears to fused functions."""
 
 _ROUTER = re.compile(r"(^|_)(gate|router)$")
+
+_NARROW_GATES = re.compile(r"(^|\.)linear_attn\.(in_proj_(a|b|ba)|[ab]_proj)$")
+"""Decay and strength of linear attention (Qwen3-Next, Qwen3.5, OLMo Hybrid): an output per head, 16 to 64 of them, some
+0.1 % of a model. Kernels of vLLM and SGLang want outputs in multiples of 32 or 64, and SGLang has a fast way for these
+where they are bfloat16 (0.5.23, ``qwen3_5.py``)."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,7 @@ def _reason(
         return "router of a mixture of experts, kept in the model's dtype"
     if HELD_DENSE.search(path):
         return "vLLM and SGLang have it in the model's dtype, whatever the checkpoint says"
-    if NARROW_GATES.search(path):
+    if _NARROW_GATES.search(path):
         return "gate of linear attention, kept in the model's dtype: too few outputs for engines' kernels"
     if of_latent_attention(path, modules, bool(experts)):
         return "latent attention, kept in the model's dtype: SGLang has no other way"
